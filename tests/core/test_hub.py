@@ -1,0 +1,78 @@
+"""Names of models of the hub, where there is no network and where all is in the cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lmx.core import hub
+from lmx.core.errors import FolderError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_what_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("hf:gpt2", "openai-community/gpt2", "meta-llama/Llama-3.2-1B"):
+        assert hub.is_name(name)
+    for path in ("gpt2", "runs/mine", "./owner/name", "/owner/name", "owner/name/more", "~/name", "runs"):
+        assert not hub.is_name(path)
+    assert hub.folder("runs/mine") == Path("runs/mine")
+
+
+def fetched(name: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
+    """`hub.fetch(name)` in a process whose cache is `home`."""
+    code = f"from lmx.core import hub; print(hub.fetch({name!r}))"
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    variables = kept | {"HF_HOME": str(home), "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def cached(tmp_path):
+    """The cache of huggingface_hub with one model in it."""
+    pytest.importorskip("huggingface_hub")
+    commit = "0" * 40
+    repo = tmp_path / "hub" / "models--owner--name"
+    (repo / "snapshots" / commit).mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "snapshots" / commit / "config.json").write_text("{}")
+    return tmp_path
+
+
+UNREACHABLE = {"HF_ENDPOINT": "https://localhost:9"}  # nobody listens there
+
+
+@pytest.mark.parametrize("environment", [UNREACHABLE, {"HF_HUB_OFFLINE": "1"}], ids=["unreachable", "offline"])
+def test_without_a_network(cached, environment):
+    begin = time.monotonic()
+    done = fetched("owner/other", cached, **environment)
+    assert time.monotonic() - begin < 60  # most of it imports, on a busy machine
+    assert done.returncode == 1 and "lmx.core.errors.FolderError: 'owner/other' is no folder here" in done.stderr
+    assert "Hugging Face hub" in done.stderr and "not in the cache" in done.stderr
+    found = fetched("owner/name", cached, **environment)
+    assert found.stdout.strip().endswith("snapshots/" + "0" * 40), found.stderr
+
+
+def test_an_answer_that_never_comes():
+    begin = time.monotonic()
+    assert hub._within(0.2, lambda: time.sleep(30)) is None
+    assert time.monotonic() - begin < 10
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FolderError, match=r"no folder 'owner/name'.*pip install 'lmx\[hf\]'"):
+        hub.folder("owner/name")
+
+
+def test_only_pickles_says_how_to_convert():
+    assert "only as pytorch_model.bin" in hub.only_pickles(["pytorch_model.bin", "config.json"])
+    assert "no weights in safetensors files (it holds a.txt)" in hub.only_pickles(["a.txt"])

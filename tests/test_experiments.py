@@ -1,0 +1,59 @@
+"""The files under experiments/ run as their docstrings say; here on little text and for few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def call(file: str, *arguments: str, cwd: Path) -> str:
+    """What `python experiments/...` prints, with one device."""
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "experiments" / file), *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_train_lm(tmp_path):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 8))) for _ in range(500)]
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=9)) for _ in range(1500)))
+    arguments = "--data text.txt --steps 3 --batch-size 2 --length 16".split()
+    said = call("train_lm.py", *arguments, cwd=tmp_path)
+    assert "step 3: loss" in said and "'valid_loss'" in said
+    assert "bits per byte on the test split: {'all': " in said and "'text': " in said
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.slow
+def test_translate(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"{n} and {n + 1}\n" for n in range(40)))
+    (tmp_path / "b.txt").write_text("".join(f"{n + 1} und {n}\n" for n in range(40)))
+    files = "--train a.txt b.txt --valid a.txt b.txt --test a.txt b.txt --output out.txt"
+    said = call("translate.py", *f"{files} --quick --steps 6 --beams 2 --width 16".split(), cwd=tmp_path)
+    assert "step 6: loss" in said and "step 6: valid loss" in said and "\nours:      " in said and "BLEU" in said
+    assert (tmp_path / "out.txt").read_text().count("\n") >= 40  # a translation may have line ends of its own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["data", "attention", "train_step", "decode", "startup", "scaling", "utilisation", "load"]
+)
+def test_benchmark(name, tmp_path):
+    if name in ("train_step", "decode"):
+        pytest.importorskip("torch", reason=f"torch is the peer of {name}.py; install the extra 'oracle'")
+    result = json.loads(call(f"benchmarks/{name}.py", "--quick", "--json", cwd=tmp_path).splitlines()[-1])
+    assert {"name", "ratio", "medians", "floor", "versions", "cases"} <= set(result)
+    assert result["name"] == name and result["ratio"] > 0 and result["floor"] > 0 and result["cases"]
+    assert all(seconds > 0 for seconds in result["medians"].values())
