@@ -1,0 +1,107 @@
+"""One vector a text: `embed_sentences` for tokens, `encode_texts` for strings and a tokenizer.
+
+What the vectors of a text's tokens become when they are pooled. Encoders are made for it (Reimers and Gurevych 2019,
+"Sentence-BERT"); of a decoder the last vector is the one that has seen the whole text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmx.core.errors import ConfigError, DataError, nearest
+from lmx.nn import heads
+
+TINY = 1e-12  # a shorter vector is not made any longer
+
+
+def embed_sentences(
+    model: Any,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    pool: str = "mean",
+    normalise: bool = True,
+) -> jax.Array:
+    """(b, t) -> (b, d) float32: one vector for each row of tokens.
+
+    model: anything with `features`. segment_ids (b, t): 0 is padding, which neither is attended to nor counts in the
+    pool; a row of padding alone gives zeros. pool: "mean", "max", "first" or "last" of the vectors of the tokens.
+    normalise: to length 1. Raises ConfigError for another pool, or if t exceeds the model's learned positions.
+    """
+    if pool not in heads.POOLS:
+        raise ConfigError(f"pool {pool!r} is none of {', '.join(heads.POOLS)}{nearest(pool, heads.POOLS)}")
+    features = model.features(tokens, segment_ids=segment_ids).astype(jnp.float32)
+    vectors = heads.pool(features, pool, segment_ids)
+    if not normalise:
+        return vectors
+    return vectors * jax.lax.rsqrt(jnp.maximum(jnp.square(vectors).sum(-1, keepdims=True), TINY**2))
+
+
+_embed = jax.jit(embed_sentences, static_argnames=("pool", "normalise"))
+
+
+def encode_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    pool: str = "mean",
+    normalise: bool = True,
+    max_length: int | None = None,
+) -> np.ndarray:
+    """(n, d) float32: the embedding of each of n texts, in their order; arguments as in `embed_sentences`.
+
+    tokenizer: of `lmx.load_tokenizer`; its own special tokens go around every text. Texts longer than max_length tokens
+    (by default the model's learned positions, if it has such) are cut at their end.
+    Texts of about one length run together, padded to one of few lengths (`padded_length`): each is compiled once.
+
+    Raises ConfigError or DataError for no texts, something else than texts, or a tokenizer that does not fit the model.
+    """
+    if isinstance(texts, str) or not len(texts) or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"texts must be a list of strings, at least one; got {texts!r:.80}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size must be a positive whole number, not {batch_size!r}")
+    if tokenizer.vocab_size > model.vocab_size:
+        raise DataError(
+            f"this tokenizer does not fit the model: it has {tokenizer.vocab_size} tokens, the model's vocabulary "
+            f"{model.vocab_size}; load the tokenizer that the model was trained with"
+        )
+    longest = getattr(model, "max_length", None)
+    limit = longest if max_length is None else max_length if longest is None else min(max_length, longest)
+    ids = tokenizer.encode_framed(texts, limit)
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # the longest first: what does not fit fails at once
+    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    padded = (pad([ids[i] for i in batch], batch_size, limit) for batch in batches)
+    parts = [_embed(model, *inputs, pool=pool, normalise=normalise) for inputs in padded]
+    vectors = np.empty((len(ids), parts[0].shape[-1]), np.float32)
+    for batch, part in zip(batches, parts, strict=True):  # all batches are under way before the first is fetched
+        vectors[batch] = np.asarray(part)[: len(batch)]
+    return vectors
+
+
+def pad(rows: Sequence[Sequence[int]], batch_size: int, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids, the longest first, as (tokens, segment_ids), each (b, t): t is their `padded_length`, at most
+    `limit`; b is batch_size or a smaller power of two, filled up with rows of padding."""
+    t = padded_length(max(1, len(rows[0])))
+    t = t if limit is None else min(t, limit)
+    tokens = np.zeros((min(1 << (len(rows) - 1).bit_length(), batch_size), t), np.int32)
+    segment_ids = np.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        segment_ids[i, : len(row)] = 1
+    return tokens, segment_ids
+
+
+def padded_length(length: int) -> int:
+    """The next multiple of 8, beyond 64 of a quarter of the power of two below: 8, 16, ..., 64, 80, 96, 112, 128, 160.
+
+    Beyond 64 tokens less than a fifth of a row is padding, and up to 512 there are 20 lengths.
+    """
+    step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step

@@ -1,0 +1,105 @@
+"""Stacks of layers: run by scan, taken apart into single layers, put together again.
+
+A run of identical periods is stored stacked (`lmx.core.tree.Layers`) and computed by one `lax.scan` over a
+checkpointed period, so that a deep model compiles as fast as a shallow one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmx.core import weights
+from lmx.core.errors import ConfigError
+from lmx.core.tree import Layers
+
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(weights.PRODUCT),
+}
+
+
+def run(
+    layers: Layers, x: jax.Array, block: Callable[[Any, jax.Array], jax.Array], remat: str, repeats: int = 1
+) -> jax.Array:
+    """x through every layer, `repeats` times each: `block(parameters of one layer, x) -> x`. A stack of one period is
+    not scanned."""
+
+    def once(x: jax.Array, parameters: Any) -> jax.Array:
+        if repeats == 1:
+            return block(parameters, x)
+        again = lambda x, _: (block(parameters, x), None)  # noqa: E731
+        step = again if remat == "none" else jax.checkpoint(again, policy=REMAT[remat], prevent_cse=False)
+        return jax.lax.scan(step, x, length=repeats)[0]
+
+    def period(x: jax.Array, blocks: tuple) -> tuple[jax.Array, None]:
+        for parameters in blocks:
+            x = once(x, parameters)
+        return x, None
+
+    for n, stack in zip(layers.sizes, layers.stacks, strict=True):
+        if n == 1:
+            step = period if remat == "none" else jax.checkpoint(period, policy=REMAT[remat])
+            x, _ = step(x, jax.tree.map(lambda leaf: leaf[0], stack))
+        else:
+            step = period if remat == "none" else jax.checkpoint(period, policy=REMAT[remat], prevent_cse=False)
+            x, _ = jax.lax.scan(step, x, stack)
+    return x
+
+
+def layer_list(layers: Layers) -> list[Any]:
+    """The parameters of each layer on its own, in order."""
+    return [
+        jax.tree.map(lambda leaf, i=i: leaf[i], block)
+        for n, period in zip(layers.sizes, layers.stacks, strict=True)
+        for i in range(n)
+        for block in period
+    ]
+
+
+def stack_layers(layers: Sequence[Any], period: int = 1, max_stacks: int = 8) -> Layers:
+    """Stack neighbours of equal structure, shapes and dtypes; `period` layers repeat together.
+
+    Each distinct stack costs compile time, so more than `max_stacks` raise ConfigError: use a coarser grid of ranks, a
+    period that covers the pattern, or a larger bound.
+    """
+    if len(layers) % period:
+        raise ConfigError(f"{len(layers)} layers are not a whole number of periods of {period}")
+    periods = [tuple(layers[i : i + period]) for i in range(0, len(layers), period)]
+    kind = lambda p: (jax.tree.structure(p), tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(p)))  # noqa: E731
+    runs: list[list[tuple]] = []
+    for p in periods:
+        if runs and kind(runs[-1][0]) == kind(p):
+            runs[-1].append(p)
+        else:
+            runs.append([p])
+    if len(runs) > max_stacks:
+        raise ConfigError(
+            f"{len(layers)} layers would need {len(runs)} stacks, more than max_stacks={max_stacks}; choose ranks from "
+            "a coarser grid, pass period= where kinds alternate, or raise max_stacks"
+        )
+    return Layers.of([jax.tree.map(lambda *leaves: jnp.stack(leaves), *run) for run in runs])
+
+
+def _each(tree: Any, change: Callable[[Layers], Layers]) -> Any:
+    is_layers = lambda x: isinstance(x, Layers)  # noqa: E731
+    return jax.tree.map(lambda x: change(x) if is_layers(x) else x, tree, is_leaf=is_layers)
+
+
+def unstack(tree: Any) -> Any:
+    """The same model (any tree) with every layer a stack of its own: what decoding wants, and what never scans."""
+
+    def apart(layers: Layers) -> Layers:
+        if len(layers.stacks) == layers.num_layers:
+            return layers
+        return Layers.of([(jax.tree.map(lambda leaf: leaf[None], layer),) for layer in layer_list(layers)])
+
+    return _each(tree, apart)
+
+
+def restack(tree: Any, period: int = 1, max_stacks: int = 8) -> Any:
+    """The same model (any tree) with neighbouring equal layers stacked again. Raises ConfigError as `stack_layers`."""
+    return _each(tree, lambda layers: stack_layers(layer_list(layers), period, max_stacks))
