@@ -1,0 +1,130 @@
+"""Transformers: generation with the cache is what full forward passes give, ragged batches, scanned stacks
+too."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmx.core import specs
+from lmx.core.errors import ConfigError
+from lmx.core.sharding import use_mesh
+from lmx.decode import generate, generate_text, stream
+from lmx.models.presets import preset
+from lmx.models.transformer import init, model_specs
+from lmx.models.unigram import from_counts
+
+TINY = dict(num_layers=2, hidden_size=32, vocab_size=60, initializer_range=0.3)
+KEY = jax.random.key(5)
+LENGTHS = np.array([9, 4, 1])
+NEW = 12
+
+
+@functools.cache
+def model_of(name):
+    extra = dict(max_length=32) if name == "gpt2-tiny" else {}
+    return init(preset(name, **TINY, **extra), jax.random.key(1))
+
+
+def prompts():
+    return np.random.default_rng(0).integers(0, 60, (3, 9))
+
+
+@pytest.fixture(scope="module", params=["llama-tiny", "gpt2-tiny"])
+def model(request):
+    return model_of(request.param)
+
+
+def greedy_by_full_passes(model, prompt, n):
+    """Every token the argmax of a forward pass over the whole text so far, which no cache takes part in."""
+    forward = jax.jit(
+        lambda m, tokens: m.logits(tokens)
+    )  # one shape: what is right of a token does not matter to it
+    text = np.zeros((1, len(prompt) + n), np.int32)
+    text[0, : len(prompt)] = prompt
+    for at in range(len(prompt), text.shape[1]):
+        text[0, at] = int(forward(model, jnp.asarray(text))[0, at - 1].argmax())
+    return text[0, len(prompt) :]
+
+
+def test_greedy_equals_full_passes_token_for_token(model):
+    made = generate(model, prompts(), max_new_tokens=NEW)
+    for row, prompt in enumerate(prompts()):
+        np.testing.assert_array_equal(made.tokens[row], greedy_by_full_passes(model, prompt, NEW))
+
+
+def test_greedy_equals_full_passes_in_a_ragged_batch(model):
+    made = generate(model, prompts(), lengths=LENGTHS, max_new_tokens=NEW)
+    for row, (prompt, n) in enumerate(zip(prompts(), LENGTHS, strict=True)):
+        np.testing.assert_array_equal(made.tokens[row], greedy_by_full_passes(model, prompt[:n], NEW))
+
+
+def test_log_probs_are_the_score_of_the_whole_text(model):
+    made = generate(model, prompts(), max_new_tokens=NEW, temperature=1.0, top_p=0.9, key=KEY)
+    whole = jnp.concatenate([prompts(), made.tokens], axis=1)
+    np.testing.assert_allclose(made.log_probs, model.score(whole)[:, -NEW:], atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(), dict(temperature=0.9, top_k=20, repetition_penalty=1.2, key=KEY)]
+)
+def test_stream_yields_the_tokens_of_generate(model, options):
+    arguments = dict(lengths=LENGTHS, max_new_tokens=NEW, **options)
+    made = generate(model, prompts(), **arguments)
+    np.testing.assert_array_equal(np.stack(list(stream(model, prompts(), **arguments)), axis=1), made.tokens)
+
+
+def test_learned_positions_limit_the_text():
+    model = model_of("gpt2-tiny")
+    with pytest.raises(
+        ConfigError, match="9 tokens with max_new_tokens=24 makes 33, and this model reads at most 32"
+    ):
+        generate(model, prompts(), max_new_tokens=24)
+    assert generate(model, prompts(), max_new_tokens=23).tokens.shape == (3, 23)
+
+
+def test_padded_prompts_use_all_of_the_learned_positions():
+    """A text prompt is padded to 32 columns, which with 23 new tokens is more than the model has
+    positions."""
+
+    class Letters:
+        vocab_size, eos_id = 60, 0
+        encode = staticmethod(lambda text: [ord(c) - 64 for c in text])
+        decode = staticmethod(lambda ids: "".join(chr(i + 64) for i in ids))
+
+    model = model_of("gpt2-tiny")
+    (text,) = generate_text(model, Letters(), "ABCDEFGH", max_new_tokens=23)
+    expected = greedy_by_full_passes(model, [0, *range(1, 9)], 23)
+    end = np.flatnonzero(expected == 0)
+    assert text == Letters.decode(expected[: end[0]] if end.size else expected)
+
+
+def test_a_unigram_and_a_transformer_are_generated_from_alike():
+    for model in (model_of("llama-tiny"), from_counts(np.ones(60))):
+        made = generate(model, prompts(), lengths=LENGTHS, max_new_tokens=4, temperature=1.0, key=KEY)
+        assert made.tokens.shape == (3, 4)
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_on_a_mesh_as_on_one_device(model, explicit):
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 (simulated) devices")
+    tokens, lengths = np.tile(prompts()[:2], (2, 1)), np.tile(LENGTHS[:2], 2)
+    options = dict(
+        lengths=lengths, max_new_tokens=5, temperature=0.9, top_p=0.9, repetition_penalty=1.2, key=KEY
+    )
+    plain = generate(model, tokens, **options)
+    with use_mesh("fsdp=4,tensor=2", explicit=explicit):
+        split = jax.device_put(model.params, specs.shardings(model_specs(model)))
+        sharded = generate(model.replace(params=split), tokens, **options)
+    np.testing.assert_array_equal(sharded.tokens, plain.tokens)
+    np.testing.assert_allclose(sharded.log_probs, plain.log_probs, atol=1e-4)
+
+
+def test_the_prefill_makes_no_log_probabilities_that_nobody_asks_for(model):
+    call = jax.jit(lambda m, t, n: generate(m, t, lengths=n, max_new_tokens=2).tokens)
+    made = call.lower(model, jnp.zeros((3, 30), jnp.int32), LENGTHS).compile().as_text()
+    assert "f32[3,29,32]" in made  # the prompt's (b, t, d)
+    assert "f32[3,29,60]" not in made and "f32[87,60]" not in made  # but no (b, t, v)
