@@ -1,0 +1,134 @@
+"""Models out of checkpoints: what travels with the weights, and opening them without the run that saved them.
+
+    checkpoints.save(step, state, {"model": travelling(state.model, tokenizer), ...})     # a lmx.train.TrainState
+    model, tokenizer = open_checkpoint("run/checkpoints")          # or run/checkpoints/200
+
+A checkpoint is opened straight into the mesh in force; of the state only the arrays of the model are read, not those of
+the optimizer. Where the run kept a moving average of the trained arrays, that is the model. Frozen arrays are stored in
+every checkpoint like the others, so that each of them is whole by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmx import data
+from lmx.core import specs
+from lmx.core.errors import FolderError
+from lmx.models import structure, transformer  # noqa: F401  (registers the nodes of models)
+from lmx.train import leaves, steps, verified
+from lmx.train.checkpoints import open_path
+from lmx.train.verified import Damaged
+
+MODEL = "model"  # the key in a checkpoint's extra data
+
+
+def travelling(model: Any, tokenizer: data.Tokenizer | None, notes: dict | None = None) -> dict[str, Any]:
+    """What goes into a checkpoint's extra data under "model": structure (and in it the config), tokenizer and notes.
+
+    model: the whole model as the state has it (`state.model`), with arrays or `jax.ShapeDtypeStruct`s.
+    """
+    stand_in = lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # noqa: E731
+    made: dict[str, Any] = {"structure": structure.describe(jax.tree.map(stand_in, model))[0], "notes": notes or {}}
+    if tokenizer is not None:
+        with tempfile.TemporaryDirectory(prefix="lmx-tokenizer-") as folder:
+            tokenizer.save(folder)
+            files = sorted(Path(folder).iterdir())
+            made["tokenizer"] = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    return made
+
+
+def found_in(name: str) -> list[Any]:
+    """The checkpoints that a user may mean by a folder: itself, or all that it holds, the newest first."""
+    path = open_path(name)
+    if path.name.removesuffix(steps.REPLACED).isdigit() and steps.is_complete(path):
+        return [path]
+    return list(reversed(steps.find(path).values()))
+
+
+def open_checkpoint(name: str, *, dtype: Any = None) -> tuple[Any, data.Tokenizer | None]:
+    """(model, tokenizer or None) of a checkpoint, or of the newest sound one of a folder of them.
+
+    dtype: cast the floating-point arrays to it. Nothing is moved or removed, for the run may be going on.
+    Raises FolderError if there is none, all are damaged, or no model travelled with it.
+    """
+    return _first_sound(name, lambda path: (_read(path, dtype), load_tokenizer(path)))
+
+
+def open_shapes(name: str) -> Any:
+    """The model with `jax.ShapeDtypeStruct` leaves, sharded where a mesh is in force. Raises as `open_checkpoint`."""
+    return _first_sound(name, lambda path: _shapes(travelled(path)["structure"]))
+
+
+def open_tokenizer(name: str) -> data.Tokenizer | None:
+    """The tokenizer that travelled with a checkpoint. Raises as `open_checkpoint`."""
+    return _first_sound(name, load_tokenizer)
+
+
+def travelled(path: Any) -> dict[str, Any]:
+    """What `travelling` gave to a checkpoint. Raises Damaged, or FolderError if nothing did."""
+    found = verified.about(path)["extra"].get(MODEL)
+    if found is None:
+        raise FolderError(f"{path} has no model with it that can be opened alone; go on with the run that saved it")
+    return found
+
+
+def load_tokenizer(path: Any) -> data.Tokenizer | None:
+    """The tokenizer of one checkpoint."""
+    files = travelled(path).get("tokenizer")
+    if files is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="lmx-tokenizer-") as folder:
+        for file, content in files.items():
+            (Path(folder) / file).write_text(json.dumps(content), encoding="utf-8")
+        return data.load_tokenizer(folder)
+
+
+def _first_sound(name: str, read: Any) -> Any:
+    """What `read` gives for the newest checkpoint that is not damaged; damaged ones are warned about."""
+    found = found_in(name)
+    if not found:
+        raise FolderError(f"{name} holds no checkpoint; `lmx train` writes them to its folder's checkpoints/")
+    for path in found:
+        try:
+            return read(path)
+        except Damaged as error:
+            if path is found[-1]:
+                raise
+            warnings.warn(f"{error}. The checkpoint before it is used", stacklevel=3)
+    raise AssertionError("not reached")
+
+
+def _shapes(description: Any) -> Any:
+    """The model's tree of shapes, with shardings where a mesh is in force."""
+    leaf = lambda name, shape, dtype: jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))  # noqa: E731
+    return specs.shapes(specs.of(structure.rebuild(description, leaf)))
+
+
+def _read(path: Any, dtype: Any) -> Any:
+    """The model of one checkpoint."""
+    model = _shapes(travelled(path)["structure"])
+    saved = verified.about(path)["leaves"]
+    wanted = {}
+    for name, leaf in leaves.named(model).items():
+        place = next((part for part in ("ema", "trained", "frozen") if f"{part}.{name}" in saved), None)
+        if place is None:
+            raise FolderError(f"{path} lacks {name}, which its model has; was {MODEL!r} made of another state?")
+        kept = jnp.float32 if place == "ema" else leaf.dtype
+        wanted[f"{place}.{name}"] = jax.ShapeDtypeStruct(leaf.shape, kept, sharding=leaf.sharding)
+    arrays, _ = verified.fetch(path, wanted, others=True)
+
+    def cast(array: jax.Array, like: Any) -> jax.Array:
+        asked = dtype if dtype is not None and jnp.issubdtype(like.dtype, jnp.floating) else like.dtype
+        return array.astype(asked)
+
+    read = [cast(array, leaf) for array, leaf in zip(arrays.values(), jax.tree.leaves(model), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(model), read)

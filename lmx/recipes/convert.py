@@ -1,0 +1,83 @@
+"""`lmx convert`: a model from Hugging Face's format to lmx's own and back, its tokenizer as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from lmx import hf
+from lmx.core import hub, specs
+from lmx.core.errors import ConfigError, nearest
+from lmx.hf import files
+from lmx.hf.library import FORMATS
+from lmx.recipes import checkpointed, models
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+    """Bring a model from Hugging Face's format to lmx's own, or back, its tokenizer and chat template with it.
+
+    Weights of other kinds than plain matrices (factorized, LoRA) are written out for Hugging Face's format.
+    """
+
+    source: str
+    """The folder of a run, a model or a checkpoint, of lmx or of Hugging Face, or the name of a model of the hub."""
+    target: str
+    """The folder to write."""
+    to: str | None = None
+    """The format to write, hf or lmx; by default the one that the source is not in."""
+    dtype: str | None = None
+    """Of the weights: float32, bfloat16 or float16; as they are by default (float16 becomes float32)."""
+    like: str | None = None
+    """For hf: a family such as mistral, or a folder with a config.json to follow; by default the one it came from."""
+    overwrite: bool = False
+    """Replace a model that is in the target folder."""
+
+
+def run(options: ConvertOptions) -> dict[str, Any]:
+    """Convert and return {"source", "target", "format", "architecture", "parameters", "bytes", "seconds", "files"}.
+
+    Raises LmxErrors for a source that cannot be read, or a model that the format cannot express.
+    """
+    o, begin = options, time.perf_counter()
+    for name, value, choices in (("to", o.to, FORMATS), ("dtype", o.dtype, DTYPES)):
+        if value is not None and value not in choices:
+            raise ConfigError(f"{name} {value!r} is none of {', '.join(choices)}{nearest(value, choices)}")
+    source = hub.folder(o.source)
+    foreign = files.is_folder(source)
+    to = o.to or ("lmx" if foreign else "hf")
+    if o.like is not None and to != "hf":
+        raise ConfigError("like says how to write Hugging Face's format; leave it out, or give to=hf")
+    dtype = None if o.dtype is None else jnp.dtype(o.dtype)
+    model = hf.load(source, dtype=dtype) if foreign else models.load_model(str(source), dtype=dtype)
+    if checkpointed.found_in(str(source)):
+        origin, tokenizer = None, checkpointed.open_tokenizer(str(source))
+    else:
+        place = source if foreign else models.model_folder(str(source))
+        origin, tokenizer = files.origin(place), hf.TokenizerFiles(place)
+        if origin is None and to == "hf":  # born in lmx: the tokenizer says which token ends a text
+            tokenizer = models.load_tokenizer(str(source))
+    target = Path(o.target).expanduser()
+    if to == "hf":
+        hf.save(model, target, tokenizer=tokenizer, overwrite=o.overwrite, format="hf", like=o.like or origin)
+    else:
+        if foreign:  # the machine that converts does not decide in what those compute that read the folder
+            model = model.replace(config=model.config.replace(compute_dtype=model.config.dtype))
+        notes = None if origin is None else {files.NOTES: origin}
+        hf.save(model, target, tokenizer=tokenizer, overwrite=o.overwrite, notes=notes)
+    return {
+        "source": o.source,
+        "target": o.target,
+        "format": to,
+        "architecture": (origin or {}).get("model_type"),
+        "parameters": specs.count(model),
+        "bytes": specs.nbytes(model),
+        "seconds": time.perf_counter() - begin,
+        "files": sorted(entry.name for entry in target.iterdir()),
+    }

@@ -1,0 +1,122 @@
+"""Finding a model by what a user types: the folder of a run, of a model, of a checkpoint, or of checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lmx import data
+from lmx.core import hub
+from lmx.core.errors import FolderError, nearest
+from lmx.hf import files, library
+from lmx.models.presets import PRESETS
+from lmx.recipes import checkpointed
+
+STRUCTURE = "structure.json"
+
+
+def model_folder(name: str, also: tuple[str, ...] = ()) -> Path:
+    """The folder that holds the model: `name` itself, `name`/model where a run wrote it, or what the hub has as `name`.
+
+    `also` are further right answers, for the error. Raises FolderError if there is no model.
+    """
+    folder = Path(name).expanduser()
+    for place in (folder, folder / "model"):
+        if (place / STRUCTURE).exists() or files.is_folder(place):
+            return place
+    if hub.is_name(name):
+        return hub.folder(name)
+    if (folder / "run.json").exists():
+        place = _checkpoints_of(folder)
+        there = f", or open its newest checkpoint: {place}" if checkpointed.found_in(place) else ""
+        raise FolderError(
+            f"the run in {name!r} has not finished a model yet; go on with: lmx train --resume --output {name}{there}"
+        )
+    if folder.exists():
+        library.load(folder)  # which is no model, and says in what way
+    if name in PRESETS:
+        raise FolderError(
+            f"{name!r} is a preset, a shape without weights, and a trained model is wanted: the folder of a run. "
+            f"`lmx train --model {name}` trains one"
+        )
+    beside = [str(p) for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    hint = nearest(name, [*beside, *also]) or "; `lmx train` makes one"
+    raise FolderError(f"there is no folder {name!r}{hint}")
+
+
+def came_from(name: str | None) -> tuple[dict[str, Any] | None, files.TokenizerFiles | None]:
+    """(config.json, the tokenizer's files) of Hugging Face with which the model of a folder came; None where it did not
+    come from there, or is there no more."""
+    with contextlib.suppress(FolderError):
+        if name is not None and not checkpointed.found_in(name):
+            folder = model_folder(name)
+            if (origin := files.origin(folder)) is not None:
+                return origin, files.TokenizerFiles(folder)
+    return None, None
+
+
+def open_model(name: str, *, dtype: Any = None) -> tuple[Any, data.Tokenizer]:
+    """(model, its tokenizer) of a folder, in the mesh in force. Raises FolderError or DataError."""
+    if checkpointed.found_in(name):
+        model, tokenizer = checkpointed.open_checkpoint(name, dtype=dtype)
+        if tokenizer is None:
+            raise FolderError(f"the checkpoint {name} has no tokenizer with it")
+    else:
+        folder = model_folder(name)
+        model, tokenizer = library.load(folder, dtype=dtype), data.load_tokenizer(folder)
+    data.check_fits(tokenizer, model.vocab_size)
+    return model, tokenizer
+
+
+def load_model(name: str, *, dtype: Any = None, also: tuple[str, ...] = ()) -> Any:
+    """The model of a folder, in the mesh in force. Raises FolderError; `also` are further right answers, for it."""
+    if checkpointed.found_in(name):
+        return checkpointed.open_checkpoint(name, dtype=dtype)[0]
+    return library.load(model_folder(name, also), dtype=dtype)
+
+
+def load_shapes(name: str, *, also: tuple[str, ...] = ()) -> Any:
+    """The model of a folder as `jax.ShapeDtypeStruct`s with shardings; no array is read. Raises FolderError."""
+    if checkpointed.found_in(name):
+        return checkpointed.open_shapes(name)
+    return library.load_shapes(model_folder(name, also))
+
+
+def load_tokenizer(name: str) -> data.Tokenizer:
+    """The tokenizer of a model's folder or checkpoint, or of any folder with a tokenizer.json.
+
+    Raises FolderError or DataError.
+    """
+    if checkpointed.found_in(name):
+        tokenizer = checkpointed.open_tokenizer(name)
+        if tokenizer is None:
+            raise FolderError(f"the checkpoint {name} has no tokenizer with it")
+        return tokenizer
+    inner = Path(name).expanduser() / "model"
+    return data.load_tokenizer(inner if (inner / STRUCTURE).exists() or files.is_folder(inner) else name)
+
+
+def check(name: str) -> None:
+    """Raise FolderError unless there is a model to open."""
+    if not checkpointed.found_in(name):
+        model_folder(name)
+
+
+def _checkpoints_of(run: Path) -> str:
+    """Where a run keeps its checkpoints (`lmx.recipes.claim` wrote it down)."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        options = json.loads((run / "run.json").read_text(encoding="utf-8"))["options"]
+        return options["checkpoint_folder"] or str(run / "checkpoints")
+    return str(run / "checkpoints")
+
+
+def trained_length(name: str) -> int | None:
+    """The tokens a row with which a run trained the model, or None where that is not known."""
+    if found := checkpointed.found_in(name):
+        notes = checkpointed.travelled(found[0])["notes"]
+    else:
+        structure = model_folder(name) / STRUCTURE
+        notes = json.loads(structure.read_text(encoding="utf-8")).get("notes", {}) if structure.exists() else {}
+    return notes.get("options", {}).get("length")
