@@ -203,6 +203,7 @@ class Channel:
 
     def _lose(self, peer: Peer, how: str) -> NoReturn:
         text = f"lmx: process {peer.index} of {self.count} {how}."
+        self._refuse(LOST, f"{text} {self.advice}", 0.0)  # should the main thread fail because of it, and be faster
         if self.index == 0:
             self._send({"end": LOST, "text": text}, besides=peer.index)
             time.sleep(min(1.0, self.limit / 5))  # jax aborts the others once process 0 is gone: let them end before

@@ -219,7 +219,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _told(self, step: int) -> Iterator[None]:
-        """Turn what went wrong while saving into a FolderError that says so, and leave no litter."""
+        """Turn what went wrong while saving into a FolderError that says so, and leave no litter.
+
+        What fails in a device's program is none: a lost process fails the collectives of a step, or of the checksums.
+        """
         try:
             yield
         except Exception as caught:
@@ -229,6 +232,8 @@ class Checkpoints:
             error = caught
         else:
             return
+        if isinstance(storage.root_of(error), jax.errors.JaxRuntimeError):
+            raise error
         told = FolderError(
             f"the checkpoint of step {step} could not be written to {self.folder}; earlier ones are intact. The cause: "
             f"{storage.cause_of(error)}"

@@ -95,10 +95,16 @@ def is_finalized(path: Any) -> bool:
     return utils.is_checkpoint_finalized(path)
 
 
-def cause_of(error: BaseException) -> str:
-    """The first line of what orbax met at first, or of what lmx says of it."""
+def root_of(error: BaseException) -> BaseException:
+    """What orbax met at first, or what lmx says of it."""
     while not isinstance(error, LmxError) and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__
+    return error
+
+
+def cause_of(error: BaseException) -> str:
+    """The first line of it."""
+    error = root_of(error)
     line = next(iter(str(error).splitlines()), "")
     return line.split(" [tensorstore_spec")[0].split(" [os_error_code")[0][:600] or type(error).__name__
 
