@@ -40,7 +40,7 @@ Pair = dict[str, np.ndarray]  # {"A": (r, inputs), "B": (outputs, r)}
 
 
 def load_adapter(model: Model, folder: str | os.PathLike, *, max_stacks: int = 8) -> Model:
-    """The model with `weights.LoRA` over each weight that an adapter in PEFT's format names.
+    """The model with `LoRA` over each weight that an adapter in PEFT's format names.
 
     folder: of the adapter, or its name on the hub. Every module has its own rank and alpha; where they differ between
     layers, or only some layers have an update, stacks are cut, at most into `max_stacks` a tower, since each costs
@@ -76,7 +76,7 @@ def load_adapter(model: Model, folder: str | os.PathLike, *, max_stacks: int = 8
 def save_adapter(
     model: Model, folder: str | os.PathLike, *, base: str | os.PathLike | None = None, overwrite: bool = False
 ) -> None:
-    """Write the `weights.LoRA` of a model as an adapter in PEFT's format, and nothing else of the model but a head for
+    """Write the `LoRA` of a model as an adapter in PEFT's format, and nothing else of the model but a head for
     labels or spans, which PEFT keeps with an adapter (`modules_to_save`).
 
     base: the folder, or the name on the hub, of the model that the adapter is for, which is written down; a folder also

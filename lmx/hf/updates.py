@@ -15,8 +15,8 @@ import numpy as np
 
 from lmx.core import sharding, specs, weights
 from lmx.core.errors import ConfigError
+from lmx.core.kinds import LoRA
 from lmx.core.tree import Layers, Path, paths
-from lmx.core.weights import LoRA
 from lmx.models import transformer
 from lmx.models.transformer import Model
 
@@ -54,7 +54,7 @@ def held(model: Model) -> dict[Key, tuple[LoRA, int | None]]:
             for position, layer in enumerate(where.layers or (None,)):
                 found[where.plain, layer] = (weight, None if layer is None else position)
     if not found:
-        raise ConfigError("the model has no weights.LoRA, so there is no adapter to write; lmx.save writes models")
+        raise ConfigError("the model has no LoRA, so there is no adapter to write; lmx.save writes models")
     return found
 
 

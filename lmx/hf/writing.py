@@ -150,7 +150,8 @@ def _origin(like: Any) -> dict[str, Any] | str | None:
 
 
 def _with_ids(values: dict[str, Any], model: Model, tokenizer: Any, new: bool) -> dict[str, Any]:
-    dtype = jnp.dtype(jax.tree.leaves(model.params)[0].dtype).name
+    dtype = next(w.dtype for w in jax.tree.leaves(model.params, is_leaf=weights.is_weight))  # of the first weight
+    dtype = jnp.dtype(dtype).name
     values = {**values, "dtype": dtype} | ({"torch_dtype": dtype} if "torch_dtype" in values else {})
     if new:  # transformers' own defaults are the ids of somebody's tokenizer
         eos = getattr(tokenizer, "eos_id", None)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmx.core import kinds  # noqa: F401  (registers the kinds of weight)
 from lmx.core.arrays import storable
 from lmx.core.errors import FolderError, LmxError, nearest
 from lmx.core.nodes import REGISTRY, node_class

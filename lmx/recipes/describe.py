@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from lmx.core import specs, tree, weights
 from lmx.core.errors import ConfigError
 from lmx.models import cost, presets, transformer
@@ -62,8 +64,9 @@ def _part(path: tree.Path, w: Any) -> dict[str, Any]:
 
 
 def kind(w: Any) -> str:
-    """A weight's kind with what is in it: "dense", "LowRank 16", "LoRA 4 (LowRank 16)"."""
+    """A weight's kind with what is in it: "dense", "LowRank 16", "LoRA 4 (LowRank 16)", "Pivoted 16 (Quantized 64)"."""
     if not weights.is_weight(w):
         return "dense"
-    base = f" ({kind(w.base)})" if hasattr(w, "base") and weights.is_weight(w.base) else ""
-    return f"{type(w).__name__} {w.rank}{base}"
+    fields = jax.tree.leaves(w, is_leaf=lambda x: weights.is_weight(x) and x is not w)
+    inner = dict.fromkeys(kind(field) for field in fields if weights.is_weight(field))
+    return f"{type(w).__name__} {w.rank}" + (f" ({', '.join(inner)})" if inner else "")

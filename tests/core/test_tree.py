@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lmx.core import tree, weights
 from lmx.core.errors import ConfigError
+from lmx.core.kinds import LoRA, LowRank
 from lmx.core.nodes import node, static
 from lmx.core.tree import Layers
 
@@ -187,17 +188,17 @@ def test_mask():
 
 def test_map_changes_the_kind_of_some_layers_and_then_of_others():
     stacked = {"layers": Layers.of([({"query": jnp.ones((4, 3, 5)), "bias": jnp.zeros((4, 5))},)])}
-    halve = lambda w: weights.LowRank(w[..., :2], jnp.ones((w.shape[0], 2, 5)))  # noqa: E731
+    halve = lambda w: LowRank(w[..., :2], jnp.ones((w.shape[0], 2, 5)))  # noqa: E731
     some = tree.map(halve, stacked, "layers[1:3]/query$", weights.is_weight)
     kinds = lambda t: [type(period[0]["query"]).__name__ for period in t["layers"].stacks]  # noqa: E731
     assert kinds(some) == ["ArrayImpl", "LowRank", "ArrayImpl"]
     assert some["layers"].sizes == (1, 2, 1)
 
-    adapt = lambda w: weights.LoRA(w, jnp.ones((w.shape[0], 3, 1)), jnp.zeros((w.shape[0], 1, 5)))  # noqa: E731
+    adapt = lambda w: LoRA(w, jnp.ones((w.shape[0], 3, 1)), jnp.zeros((w.shape[0], 1, 5)))  # noqa: E731
     both = tree.map(adapt, some, "layers[2:4]/query$", weights.is_weight)
     assert kinds(both) == ["ArrayImpl", "LowRank", "LoRA", "LoRA"]
     base = both["layers"].stacks[2][0]["query"].base
-    assert isinstance(base, weights.LowRank)
+    assert isinstance(base, LowRank)
     assert [str(path) for path, _ in tree.select(both, "base")] == [
         "layers[2]/query/base/a",
         "layers[2]/query/base/b",

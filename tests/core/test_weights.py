@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,8 @@ import pytest
 from jax.sharding import AxisType
 
 from lmx.core import sharding, specs, weights
+from lmx.core.kinds import LoRA, LowRank, Pivoted, Quantized
 from lmx.core.specs import ParamSpec
-from lmx.core.weights import LoRA, LowRank
 
 # what lmx multiplies: (subscripts, shape of x, spec of the weight, how x is laid out)
 PRODUCTS = {
@@ -51,6 +53,22 @@ def low_rank(seed, shape, inputs, rank=3, copies=0, dtype=jnp.float32) -> LowRan
     return LowRank(a, draw(seed + 1, (*shape[:copies], rank, *shape[middle:]), dtype), inputs)
 
 
+def pivoted(seed, shape, inputs, rank=3, copies=0, dtype=jnp.float32) -> Pivoted:
+    sizes, m = shape[:copies], math.prod(shape[copies : copies + inputs])
+    order = jax.random.permutation(jax.random.key(seed), jnp.broadcast_to(jnp.arange(m), (*sizes, m)), -1, True)
+    rest = draw(seed, (*sizes, m - rank, rank), dtype)
+    b = draw(seed + 1, (*sizes, rank, *shape[copies + inputs :]), dtype)
+    return Pivoted(rest, b, order, inputs=shape[copies : copies + inputs])
+
+
+def quantized(seed, shape, inputs, copies=0, dtype=jnp.float32, group=5) -> Quantized:
+    """Of numbers of size 1; the last group is smaller but where 5 divides the inputs."""
+    values = jax.random.randint(jax.random.key(seed), shape, -127, 128, jnp.int8)
+    groups, outs = -(-math.prod(shape[copies : copies + inputs]) // group), shape[copies + inputs :]
+    scale = jax.random.uniform(jax.random.key(seed + 1), (*shape[:copies], groups, *outs), minval=0.005, maxval=0.02)
+    return Quantized(values, scale.astype(dtype), group, inputs, len(outs))
+
+
 def make(kind: str, shape, inputs, copies=0, dtype=jnp.float32, seed=0):
     """A random weight of one kind; `alpha` and the ranks differ, so that one forgotten shows."""
     middle = copies + inputs
@@ -62,6 +80,17 @@ def make(kind: str, shape, inputs, copies=0, dtype=jnp.float32, seed=0):
         a = low_rank(seed, (*shape[:middle], 3), inputs, 2, copies, dtype)
         b = low_rank(seed + 2, (*shape[:copies], 3, *shape[middle:]), 1, 2, copies, dtype)
         return LowRank(a, b, inputs)
+    if kind == "Quantized":
+        return quantized(seed, shape, inputs, copies, dtype)
+    if kind.startswith("Pivoted"):
+        w = pivoted(seed, shape, inputs, copies=copies, dtype=dtype)
+        if kind == "Pivoted":
+            return w
+        quantize = lambda seed, x: quantized(seed, x.shape, 1, copies, dtype)  # noqa: E731
+        return w.replace(rest=quantize(seed + 3, w.rest), b=quantize(seed + 4, w.b))
+    if kind == "LowRank of Quantized":
+        a = quantized(seed, (*shape[:middle], 3), inputs, copies, dtype)
+        return LowRank(a, quantized(seed + 2, (*shape[:copies], 3, *shape[middle:]), 1, copies, dtype), inputs)
     update = low_rank(seed + 5, shape, inputs, 2, copies, dtype)
     base = make(kind.removeprefix("LoRA over "), shape, inputs, copies, dtype, seed)
     return LoRA(base, update.a, update.b, inputs, alpha=3.0)
@@ -74,6 +103,11 @@ KINDS = (
     "LoRA over LowRank",
     "LowRank of LowRank",
     "LoRA over LowRank of LowRank",
+    "Pivoted",
+    "Quantized",
+    "LowRank of Quantized",
+    "Pivoted of Quantized",
+    "LoRA over Quantized",
 )
 
 
@@ -84,6 +118,15 @@ def full(w) -> np.ndarray:
     if isinstance(w, LoRA):
         rank = full(w.lora_a).shape[-1]
         return full(w.base) + w.alpha / rank * np.tensordot(full(w.lora_a), full(w.lora_b), 1)
+    if isinstance(w, Pivoted):
+        b = full(w.b)
+        rows = np.concatenate([b, np.tensordot(full(w.rest), b, 1)])
+        flat = np.empty_like(rows)
+        flat[np.asarray(w.order)] = rows
+        return flat.reshape(w.shape)
+    if isinstance(w, Quantized):
+        values = np.asarray(w.values, np.float64).reshape(-1, *w.shape[w.inputs :])
+        return np.stack([v * full(w.scale)[i // w.group] for i, v in enumerate(values)]).reshape(w.shape)
     return np.asarray(w.astype(jnp.float32), np.float64)
 
 
@@ -137,7 +180,10 @@ def test_copies(kind):
 
 
 def test_flops_count_every_copy():
-    assert make("LowRank", (5, 16, 4, 2), 1, copies=1).flops() == 2 * 5 * 3 * (16 + 8)
+    flops = lambda kind: make(kind, (5, 16, 4, 2), 1, copies=1).flops()  # noqa: E731
+    assert flops("LowRank") == flops("LowRank of Quantized") == 2 * 5 * 3 * (16 + 8)
+    assert flops("Pivoted") == flops("Pivoted of Quantized") == 2 * 5 * 3 * (16 - 3 + 8)
+    assert flops("Quantized") == 2 * 5 * 16 * 8 and flops("LoRA over Quantized") == 2 * 5 * (16 * 8 + 2 * (16 + 8))
 
 
 # bfloat16 keeps 8 bits: one rounding moves a number by at most 2^-8 of it. A product of bfloat16 numbers is
@@ -169,12 +215,14 @@ def test_gradients_have_the_dtype_of_the_weight(kind):
     w, x = make(kind, (16, 6), 1), draw(1, (8, 3, 16), jnp.bfloat16)
     loss = lambda w: weights.einsum("btd,df->btf", x, w).astype(jnp.float32).sum()  # noqa: E731
     exact = lambda w: jnp.einsum("btd,df->btf", x.astype(jnp.float32), weights.dense(w)).sum()  # noqa: E731
-    got, want = jax.grad(loss)(w), jax.grad(exact)(w)
+    got, want = jax.grad(loss, allow_int=True)(w), jax.grad(exact, allow_int=True)(w)
     assert jax.tree.structure(got) == jax.tree.structure(w)
     for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        if g.dtype == jax.dtypes.float0:  # of an integer leaf
+            continue
         assert g.dtype == jnp.float32
         # Up to five factors in a row, each rounded: a few roundings of the largest entry.
-        np.testing.assert_allclose(g, e, rtol=0, atol=6 * BFLOAT16 * float(jnp.abs(e).max()))
+        np.testing.assert_allclose(g, e, rtol=0, atol=8 * BFLOAT16 * float(jnp.abs(e).max()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,7 +251,9 @@ def test_specs_like_reads_kinds_and_shapes_from_the_tree():
     assert found.lora_b.axes == ("layers", "rank", "heads", "head_dim") and found.lora_b.inputs == 1
 
 
-SHARDED = ("array", "LowRank", "LoRA over LowRank", "LowRank of LowRank")
+SHARDED = (
+    "array", "LowRank", "LoRA over LowRank", "LowRank of LowRank", "Pivoted", "Quantized", "Pivoted of Quantized",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +276,8 @@ def everything():
             made |= {f"take {k}": weights.take(ids, w) for k, (_, w) in pairs.items() if k.startswith("tied")}
             return sum(jnp.sin(y / 10).sum() for y in made.values()), made
 
-        (_, made), grads = jax.value_and_grad(loss, has_aux=True)(pairs)
-        return made, grads
+        (_, made), grads = jax.value_and_grad(loss, has_aux=True, allow_int=True)(pairs)
+        return made, jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, grads)
 
     arguments = (ids, pairs)
     return arguments, (of_ids, layout), results, jax.device_get(jax.jit(results)(*arguments))
@@ -248,7 +298,10 @@ def test_sharded_equals_one_device(everything, mesh):
             at = sharding.named_sharding(axes, y.shape, mesh)
             assert y.sharding.is_equivalent_to(at, y.ndim), f"{name} lies as {y.sharding}, not as {at}"
         # a gradient lies as its weight does: nothing is gathered
-        same = jax.tree.map(lambda g, p: g.sharding.is_equivalent_to(p.sharding, g.ndim), got[1], pairs)
+        same = jax.tree.map(
+            lambda g, p: g is None or g.sharding.is_equivalent_to(p.sharding, g.ndim),
+            got[1], pairs, is_leaf=lambda x: x is None,
+        )  # fmt: skip
         assert all(jax.tree.leaves(same)), same
 
 

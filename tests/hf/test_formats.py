@@ -15,7 +15,7 @@ from lmx import hf
 from lmx.core import specs, tree
 from lmx.core.arrays import open_arrays, write_arrays
 from lmx.core.errors import ConfigError, FolderError
-from lmx.core.weights import LowRank
+from lmx.core.kinds import LowRank
 from lmx.models import stacks
 
 WEIGHTS = "model.safetensors"

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from lmx.core import sharding, specs, tree, weights
-from lmx.core.weights import LoRA, LowRank
+from lmx.core.kinds import LoRA, LowRank
 from lmx.models import transformer
 from lmx.models.config import Config
 from lmx.models.presets import preset

@@ -9,8 +9,8 @@ import pytest
 
 from lmx.core import tree, weights
 from lmx.core.errors import ConfigError
+from lmx.core.kinds import LoRA, LowRank
 from lmx.core.tree import Layers
-from lmx.core.weights import LoRA, LowRank
 from lmx.models import stacks, transformer
 from lmx.models.config import Config
 from lmx.models.protocol import LanguageModel

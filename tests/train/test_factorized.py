@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmx.core import specs, tree, weights
-from lmx.core.weights import LoRA, LowRank
+from lmx.core.kinds import LoRA, LowRank
 from lmx.decode import generate
 from lmx.losses import cross_entropy
 from lmx.models import library, stacks

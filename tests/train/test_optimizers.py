@@ -13,7 +13,7 @@ import pytest
 
 from lmx.core import tree, weights
 from lmx.core.errors import ConfigError
-from lmx.core.weights import LoRA, LowRank
+from lmx.core.kinds import LoRA, LowRank
 from lmx.models.stacks import unstack
 from lmx.train import adafactor, adamw, muon, optimizer
 

@@ -10,7 +10,7 @@ import pytest
 
 from lmx.core import sharding, specs, tree, weights
 from lmx.core.errors import ConfigError
-from lmx.core.weights import LoRA
+from lmx.core.kinds import LoRA
 from lmx.losses import cross_entropy
 from lmx.models.transformer import Model
 from lmx.train import abstract_start, adafactor, adamw, make_train_step, muon, start
