@@ -50,7 +50,7 @@ _NAMES = {  # public name -> where it is
     "use_mesh": "lmx.core.sharding",
     "LmxError": "lmx.core.errors",
 }
-_ROOMS = ("core", "nn", "models", "hf", "data", "losses", "train", "decode", "evaluate", "recipes")
+_ROOMS = ("core", "nn", "models", "hf", "data", "losses", "train", "decode", "evaluate", "reparam", "recipes")
 _INSIDE = {"tree": "lmx.core.tree", "weights": "lmx.core.weights", "specs": "lmx.core.specs"}
 
 __all__ = ["__version__", *_NAMES, *_ROOMS, *_INSIDE]  # noqa: PLE0604
