@@ -8,8 +8,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lmx.train.progress import si
+from lmx.train.progress import PLAIN, si
 
+NEXT = {  # commands to try after a training, by its objective
+    "causal": (
+        'generate {out} --prompt "def "', "eval {out} --data some/text.txt --split all",
+        "train --data some/folder --output runs/mine",
+    ),
+    "masked": (),
+    "spans": ("train --objective pairs --data SOURCE,TARGET --init {out} --output runs/mine",),
+    "pairs": ('generate {out} --num-beams 4 --prompt "..."',),
+    "chat": ('generate {out} --chat --prompt "..."',),
+}  # fmt: skip
 COLUMNS = ("part", "kind", "shape", "dtype", "parameters")  # of a part of a model
 
 
@@ -24,22 +34,23 @@ def bits_table(rows: dict[str, dict[str, float]], console: Console) -> None:
 
 def training(result: dict[str, Any], console: Console) -> None:
     """What `lmx train` ends with."""
+    causal, out = result["objective"] == "causal", shlex.quote(result["output"])
     console.print("\nOn the test split:")
-    bits_table({"this model": result["bits_per_byte"], **result["references"]}, console)
-    console.print("\nA sample:\n")
-    console.out(result["sample"], highlight=False)
-    out = shlex.quote(result["output"])
+    if causal:
+        bits_table({"this model": result["bits_per_byte"], **result["references"]}, console)
+        console.print("\nA sample:\n")
+        console.out(result["sample"], highlight=False)
+    else:
+        console.print(
+            f"{result['loss']:.3f} nats, perplexity {result['perplexity']:.2f}, over the {result['targets']}", **PLAIN
+        )
     speed = f", trained at {si(result['tokens_per_second'])}tokens/s" if result["tokens_per_second"] else ""
     console.print(
-        f"\n{result['parameters'] / 1e6:.2f} M parameters{speed}. In {out}: model/, unigram/, loss.png, metrics.jsonl, "
-        "result.json, checkpoints/, data/.\n\nTry next:\n"
-        f'  lmx generate {out} --prompt "def "\n'
-        f"  lmx describe {out}\n"
-        f"  lmx eval {out} --data some/text.txt --split all\n"
-        "  lmx train --data some/folder --output runs/mine",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"\n{result['parameters'] / 1e6:.2f} M parameters{speed}. In {out}: model/, {'unigram/, ' if causal else ''}"
+        "loss.png, metrics.jsonl, result.json, checkpoints/, data/.\n\nTry next:\n"
+        + "".join(f"  lmx {words}\n" for words in NEXT[result["objective"]]).format(out=out)
+        + f"  lmx describe {out}",
+        **PLAIN,
     )
 
 

@@ -13,11 +13,11 @@ All of it is numpy on the host; nothing here computes with jax.
 """
 
 from lmx.data.batches import Batches
-from lmx.data.chat import ChatTemplate, assistant_spans, encode_chat, load_template, render
+from lmx.data.chat import ChatTemplate, Message, assistant_spans, encode_chat, load_template, render
 from lmx.data.conversations import encode_conversations, read_conversations
-from lmx.data.documents import Document, SummaryRow, deduplicate, split, summary
+from lmx.data.documents import Document, SummaryRow, deduplicate, split, split_by, summary
 from lmx.data.example_batches import ExampleBatches
-from lmx.data.examples import Example, Examples, gather
+from lmx.data.examples import Example, Examples, gather, open_examples, save_examples
 from lmx.data.objectives import Masked, Objective, masked
 from lmx.data.packing import TokenCache, build_cache, open_cache
 from lmx.data.pairs import Pair, encode_pairs, read_json_pairs, read_pairs
@@ -35,6 +35,7 @@ __all__ = [
     "ExampleBatches",
     "Examples",
     "Masked",
+    "Message",
     "Objective",
     "Pair",
     "SpanCorruption",
@@ -56,14 +57,17 @@ __all__ = [
     "masked",
     "num_rows",
     "open_cache",
+    "open_examples",
     "read",
     "read_conversations",
     "read_json_pairs",
     "read_pairs",
     "render",
     "rows",
+    "save_examples",
     "span_corruption",
     "split",
+    "split_by",
     "summary",
     "train_bpe",
     "windows",

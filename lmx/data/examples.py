@@ -4,7 +4,7 @@
     examples = encode_conversations(read_conversations("chat.jsonl"), ...)                     # conversations.py
     batch = ExampleBatches(examples, 32, (32, 64, 128)).at(step)                               # example_batches.py
 
-They are kept as a few flat arrays, whatever their number.
+They are kept as a few flat arrays, whatever their number, in memory or in a file (`save_examples`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from lmx.core.arrays import open_arrays, write_arrays
 from lmx.core.errors import DataError
 
 
@@ -88,6 +90,17 @@ def gather(examples: Iterable[Example]) -> Examples:
         raise DataError("there are no examples; give at least one.")
     encoder = (np.concatenate(given), _starts(given)) if given else (None, None)
     return Examples(np.concatenate(tokens), np.concatenate(learnt), _starts(tokens), *encoder)
+
+
+def save_examples(examples: Examples, path: Path) -> None:
+    """Write examples to a safetensors file."""
+    arrays = {name: array for name, array in dataclasses.asdict(examples).items() if array is not None}
+    write_arrays(path, arrays, arrays.__getitem__)
+
+
+def open_examples(path: Path) -> Examples:
+    """The examples of a file, through a memory map. Raises FolderError if it is missing or damaged."""
+    return Examples(**open_arrays(path))
 
 
 def _starts(parts: list[np.ndarray]) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import tokenizers
+
 from lmx.core.errors import DataError
 from lmx.data.tokenizers import Tokenizer
 
@@ -43,10 +45,23 @@ def sentinel_ids(tokenizer: Tokenizer, vocab_size: int | None = None) -> tuple[i
     return tuple(range(vocab_size - 1, vocab_size - 1 - min(free, 100), -1))
 
 
+def first_id(tokenizer: Tokenizer) -> int | None:
+    """What the tokenizer's own template puts before a text, such as [CLS] or <s>; None if it puts nothing there."""
+    ids = tokenizer.backend.encode("").ids
+    return ids[0] if ids and ids[0] != tokenizer.eos_id else None
+
+
 def special_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids of all tokens that the tokenizer calls special, in increasing order."""
     added = tokenizer.backend.get_added_tokens_decoder()
     return tuple(sorted(i for i, token in added.items() if token.special))
+
+
+def add(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
+    """The tokenizer with these special tokens too, each at the next free id; those it has already stay as they are."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_special_tokens(list(names))
+    return Tokenizer(backend, tokenizer.eos_token)
 
 
 def _find(tokenizer: Tokenizer, what: str, names: Sequence[str], given: int | None) -> int:

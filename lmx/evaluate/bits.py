@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmx.core.errors import DataError
+from lmx.losses.cross_entropy import GIVEN
 from lmx.models.protocol import LanguageModel, target_log_probs
 
 ALL = "all"
@@ -20,7 +21,7 @@ ALL = "all"
 @functools.partial(jax.jit, static_argnames="domains")
 def nll_by_domain(model: LanguageModel, batch: dict[str, jax.Array], domains: int) -> jax.Array:
     """(domains,) sums of weight * -log p(target) in nats over a batch with "domains" (b, t), indices of domains."""
-    features = model.features(batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+    features = model.features(batch["tokens"], **{name: batch[name] for name in GIVEN if name in batch})
     nll = -target_log_probs(model, features, batch["targets"]) * batch["weights"]  # (b, t)
     here = (batch["domains"][..., None] == jnp.arange(domains)) & (batch["weights"] != 0)[..., None]
     return jnp.where(here, nll[..., None], 0.0).sum((0, 1))
@@ -48,9 +49,10 @@ def bits_per_byte(
 
 
 def mean_nll(model: LanguageModel, batches: Iterable[dict], *, place: Callable[[dict], dict] = lambda b: b) -> float:
-    """Mean -log p of the targets of some batches, in nats a token: what is watched while training.
+    """Mean -log p of the targets of some batches, in nats a target: what is watched while training.
 
-    Raises DataError if no target has weight.
+    batches: of any objective (`lmx.data.objectives`), with "targets" and "weights". Raises DataError if no target has
+    weight.
     """
     total = weight = 0.0
     for batch in batches:

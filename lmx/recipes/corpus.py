@@ -1,4 +1,7 @@
-"""A run's text: read, split and tokenised once, kept in the run's folder, and opened again when the run goes on."""
+"""A run's text: read, split and tokenised once, kept in the run's folder, and opened again when the run goes on.
+
+It is a stream of documents, or for the objectives "pairs" and "chat" examples from files of their own.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,8 +17,10 @@ from rich.table import Table
 
 from lmx import data, evaluate
 from lmx.core.errors import DataError, FolderError, nearest
-from lmx.data import Document, TokenCache, Tokenizer
-from lmx.recipes import models
+from lmx.data import ChatTemplate, Document, Examples, TokenCache, Tokenizer, special_tokens
+from lmx.hf import files
+from lmx.recipes import checkpointed, models, objectives
+from lmx.recipes.options import TrainOptions
 from lmx.train.progress import si
 
 SPLITS = ("train", "valid", "test")
@@ -22,10 +28,11 @@ SPLITS = ("train", "valid", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Tokenised text in three splits, and what lzma makes of the test split."""
+    """Tokenised text in three splits, of one kind, and what lzma makes of the test split of a stream."""
 
     tokenizer: Tokenizer
-    caches: dict[str, TokenCache]
+    caches: dict[str, TokenCache]  # of documents; or
+    examples: dict[str, Examples]  # of pairs or conversations
     lzma: dict[str, float]  # bits per byte of the test split, "all" and by domain
 
 
@@ -40,14 +47,21 @@ def choose_tokenizer(name: str, vocab_size: int, texts: Callable[[], list[str]])
     return models.load_tokenizer(name)
 
 
-def prepare(source: str, tokenizer: str, vocab_size: int, folder: Path, console: Console) -> Corpus:
-    """Read a source, drop near-duplicates, split it, train or load the tokenizer, and pack everything in `folder`."""
-    with console.status(f"reading {escape(source)}"):
-        documents = data.deduplicate(data.read(source))
+def prepare(options: TrainOptions, folder: Path, console: Console) -> None:
+    """Read the text, split it, train or load the tokenizer, and put everything tokenised in `folder`."""
+    if objectives.kind(options.objective).examples:
+        _prepare_examples(options, folder, console)
+    else:
+        _prepare_stream(options, folder, console)
+
+
+def _prepare_stream(options: TrainOptions, folder: Path, console: Console) -> None:
+    with console.status(f"reading {escape(options.data)}"):
+        documents = data.deduplicate(data.read(options.data))
         splits = data.split(documents)
     show_sizes(splits, console)
-    with console.status("training the tokenizer" if tokenizer == "bpe" else "loading the tokenizer"):
-        made = choose_tokenizer(tokenizer, vocab_size, lambda: [d.text for d in splits["train"]])
+    made = _tokenizer(options, lambda: [d.text for d in splits["train"]], console)
+    objectives.learnt(options.objective, made)  # or it says what the tokenizer lacks
     with console.status("tokenising"):
         caches = {name: data.build_cache(splits[name], made, folder / "tokens") for name in SPLITS}
     tokens = caches["train"].num_tokens
@@ -57,12 +71,94 @@ def prepare(source: str, tokenizer: str, vocab_size: int, folder: Path, console:
         highlight=False,
         soft_wrap=True,
     )
-    with console.status("compressing the test split with lzma"):
-        lzma = evaluate.lzma_bits_per_byte(by_domain(splits["test"]))
+    lzma = {}
+    if options.objective == "causal":
+        with console.status("compressing the test split with lzma"):
+            lzma = evaluate.lzma_bits_per_byte(by_domain(splits["test"]))
     made.save(folder / "tokenizer")
-    about = {"caches": {name: cache.folder.name for name, cache in caches.items()}, "lzma": lzma}
+    _write(folder, {"caches": {name: cache.folder.name for name, cache in caches.items()}, "lzma": lzma})
+
+
+def _prepare_examples(options: TrainOptions, folder: Path, console: Console) -> None:
+    """Examples are split by what is asked (the source, the first message), so that no two splits ask the same."""
+    o, chat = options, options.objective == "chat"
+    template = data.load_template(_home(o)) if chat else None
+    with console.status(f"reading {escape(o.data)}"):
+        read = read_conversations(o.data) if chat else read_pairs(o.data)
+        splits = data.split_by(read, (lambda turns: json.dumps(turns[0])) if chat else (lambda pair: pair.source))
+    made = _tokenizer(o, lambda: [text for pair in splits["train"] for text in pair], console)
+    with console.status("tokenising"):
+        examples = {name: _encode(o, splits[name], made, template) for name in SPLITS}
+    counts = ", ".join(f"{len(examples[name])} ({name})" for name in SPLITS)
+    long = sum(int((one.lengths > o.length).sum()) for one in examples.values())
+    left_out = f"; {long} of them are longer than {o.length} tokens and left out" if long else ""
+    targets = si(int(examples["train"].learnt.sum()))
+    console.print(
+        f"{made.vocab_size} kinds of token; {counts} {'conversations' if chat else 'pairs'}, {targets}tokens to "
+        f"learn{left_out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    place = folder / "tokenizer"
+    place.mkdir(parents=True, exist_ok=True)
+    (files.TokenizerFiles(_home(o)) if chat else made).save(place)  # with the template, and all that it may name
+    for name, one in examples.items():
+        data.save_examples(one, folder / f"{name}.safetensors")
+    _write(folder, {"examples": [f"{name}.safetensors" for name in SPLITS]})
+
+
+def _tokenizer(options: TrainOptions, texts: Callable[[], list[str]], console: Console) -> Tokenizer:
+    name = options.tokenizer if options.init is None else options.init
+    with console.status("training the tokenizer" if name == "bpe" else "loading the tokenizer"):
+        made = choose_tokenizer(name, options.vocab_size, texts)
+    return made if options.init is not None else objectives.complete(options.objective, made)
+
+
+def _encode(options: TrainOptions, read: list, tokenizer: Tokenizer, template: ChatTemplate | None) -> Examples:
+    if template is not None:
+        return data.encode_conversations(read, tokenizer, template)
+    start = None if options.init is None else models.decoder_start(options.init, tokenizer)
+    return data.encode_pairs(read, tokenizer, start_id=start, source_start_id=special_tokens.first_id(tokenizer))
+
+
+def _home(options: TrainOptions) -> Path:
+    """The folder that the tokenizer is in, and the chat template with it."""
+    if options.init is None or checkpointed.found_in(options.init):
+        return Path(options.init or options.tokenizer).expanduser()
+    return models.model_folder(options.init)
+
+
+def read_pairs(source: str) -> list[data.Pair]:
+    """Pairs from .jsonl files (keys "source" and "target"), by commas, or from two text files, line i of one for line i
+    of the other. Raises DataError for anything else, and as `lmx.data.pairs`."""
+    names = _names(source)
+    if all(name.removesuffix(".gz").endswith(".jsonl") for name in names):
+        return [pair for name in names for pair in data.read_json_pairs(name)]
+    if len(names) != 2 or any(name.removesuffix(".gz").endswith(".jsonl") for name in names):
+        raise DataError(
+            f"the objective 'pairs' learns from --data FILE.jsonl with the keys source and target, or from two text "
+            f"files of as many lines, --data SOURCE,TARGET; not from {source!r}"
+        )
+    return data.read_pairs(*names)
+
+
+def read_conversations(source: str) -> list[list[data.Message]]:
+    """Conversations from .jsonl files, by commas. Raises DataError as `lmx.data.conversations`."""
+    names = _names(source)
+    if not all(name.removesuffix(".gz").endswith(".jsonl") for name in names):
+        raise DataError(
+            "the objective 'chat' learns from --data FILE.jsonl with a list of messages under the key messages in each "
+            f"line, not from {source!r}"
+        )
+    return [turns for name in names for turns in data.read_conversations(name)]
+
+
+def _names(source: str) -> list[str]:
+    return [name.strip() for name in source.split(",") if name.strip()]
+
+
+def _write(folder: Path, about: dict[str, Any]) -> None:
     (folder / "corpus.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-    return Corpus(made, caches, lzma)
 
 
 def reopen(folder: Path) -> Corpus:
@@ -73,8 +169,9 @@ def reopen(folder: Path) -> Corpus:
         raise FolderError(
             f"{folder} holds no prepared text to go on with ({error}); start over with --overwrite"
         ) from error
-    caches = {name: data.open_cache(folder / "tokens", key) for name, key in about["caches"].items()}
-    return Corpus(data.load_tokenizer(folder / "tokenizer"), caches, about["lzma"])
+    caches = {name: data.open_cache(folder / "tokens", key) for name, key in about.get("caches", {}).items()}
+    examples = {Path(name).stem: data.open_examples(folder / name) for name in about.get("examples", ())}
+    return Corpus(data.load_tokenizer(folder / "tokenizer"), caches, examples, about.get("lzma", {}))
 
 
 def by_domain(documents: list[Document]) -> dict[str, list[str]]:

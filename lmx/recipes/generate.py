@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +11,9 @@ import numpy as np
 
 from lmx import decode
 from lmx.core.errors import ConfigError, DataError
-from lmx.data import chat, special_tokens
+from lmx.data import chat
 from lmx.decode.request import given
-from lmx.hf import files
-from lmx.recipes import checkpointed
-from lmx.recipes.models import model_folder, open_model
+from lmx.recipes.models import decoder_start, model_folder, open_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,22 +122,11 @@ def _with_source(o: GenerateOptions, model: Any, tokenizer: Any) -> tuple[Any, s
         raise ConfigError(f"{o.model!r} is an encoder-decoder and {what}")
     ids = tokenizer.backend.encode(o.prompt).ids
     ids += [] if ids[-1:] == [tokenizer.eos_id] else [tokenizer.eos_id]
-    start = _start_id(o.model, tokenizer)
+    start = decoder_start(o.model, tokenizer)
     text = tokenizer.backend.id_to_token(start)
     if text is None or tokenizer.encode(text, special=True) != [start]:
         raise DataError(f"the decoder of {o.model!r} begins with the token {start}, no special one of its tokenizer")
     return given(model, np.array([ids] * o.samples)), text
-
-
-def _start_id(name: str, tokenizer: Any) -> int:
-    """What the decoder begins with: by the configs of Hugging Face it came with, else the padding token."""
-    if not checkpointed.found_in(name):
-        folder = model_folder(name)
-        beside = folder / files.GENERATION
-        for found in (json.loads(beside.read_text()) if beside.exists() else {}, files.origin(folder) or {}):
-            if found.get("decoder_start_token_id") is not None:
-                return found["decoder_start_token_id"]
-    return special_tokens.pad_id(tokenizer)
 
 
 def _sampling(o: GenerateOptions) -> dict[str, Any]:

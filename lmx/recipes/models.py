@@ -10,6 +10,7 @@ from typing import Any
 from lmx import data
 from lmx.core import hub
 from lmx.core.errors import FolderError, nearest
+from lmx.data import special_tokens
 from lmx.hf import files, library
 from lmx.models.presets import PRESETS
 from lmx.recipes import checkpointed
@@ -96,6 +97,18 @@ def load_tokenizer(name: str) -> data.Tokenizer:
         return tokenizer
     inner = Path(name).expanduser() / "model"
     return data.load_tokenizer(inner if (inner / STRUCTURE).exists() or files.is_folder(inner) else name)
+
+
+def decoder_start(name: str, tokenizer: data.Tokenizer) -> int:
+    """What the decoder of an encoder-decoder begins with: by the configs of Hugging Face it came with, else the padding
+    token."""
+    if not checkpointed.found_in(name):
+        folder = model_folder(name)
+        beside = folder / files.GENERATION
+        for found in (json.loads(beside.read_text()) if beside.exists() else {}, files.origin(folder) or {}):
+            if found.get("decoder_start_token_id") is not None:
+                return found["decoder_start_token_id"]
+    return special_tokens.pad_id(tokenizer)
 
 
 def check(name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lmx.core.errors import ConfigError, nearest
 from lmx.models.presets import preset
-from lmx.recipes import models
+from lmx.recipes import models, objectives
 from lmx.train import optimizers, tensorboard
 from lmx.train.checkpoints import open_path
 
@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": dict(model="llama-4m", steps=1100, batch_size=8, length=512),
 }
 DEFAULTS: dict[str, Any] = dict(
-    data="local", tokenizer="bpe", vocab_size=4096, optimizer="muon",
+    objective="causal", data="local", tokenizer="bpe", vocab_size=4096, optimizer="muon",
     learning_rate=1e-2, schedule="cosine", weight_decay=0.1, z_loss=0.0, clip_norm=1.0, accumulate=1, train=".", seed=0,
     evaluate_every=100, save_every=200, keep=2,
 )  # fmt: skip
@@ -47,14 +47,19 @@ class TrainOptions:
     """Go on with the run in the output folder, with the options it was started with."""
     overwrite: bool = False
     """Replace the run in the output folder; it is kept until the new one has begun to train."""
+    objective: str | None = None
+    """What is learnt: causal (the next token), masked (hidden tokens, by an encoder), spans (removed spans, by an
+    encoder-decoder), pairs (a text from another, likewise) or chat (what the assistant of a conversation says)."""
     data: str | None = None
-    """Text, by commas: local, tfds:NAME, hf:NAME, .txt or .jsonl files (.gz), folders, globs; DOMAIN=... names it."""
+    """Text, by commas: local, tfds:NAME, hf:NAME, .txt or .jsonl files (.gz), folders, globs; DOMAIN=... names it.
+    Pairs: a .jsonl file with the keys source and target, or SOURCE,TARGET, two files of lines. Chat: a .jsonl file with
+    messages under the key messages."""
     tokenizer: str | None = None
     """bpe (trained on the text), byte, or a folder with a tokenizer.json."""
     vocab_size: int | None = None
     """How many kinds of token a trained tokenizer has."""
     model: str | None = None
-    """The shape of the model: a preset of lmx.preset, such as llama-2m or gpt2-2m."""
+    """The shape of the model: a preset of lmx.preset, such as llama-2m or gpt2-2m, in the objective's architecture."""
     init: str | None = None
     """Start from the model (and tokenizer) in this folder instead of a new one: fine-tuning."""
     train: str | None = None
@@ -140,6 +145,7 @@ def resumed(options: TrainOptions, stored: dict[str, Any]) -> TrainOptions:
         raise ConfigError(
             f"this run has options unknown to this lmx: {', '.join(unknown)}; a newer one may have begun it"
         )
+    stored = DEFAULTS | stored  # an option that is newer than the run has its default
     own = ("preset", "output", "resume", "overwrite", *CHANGEABLE)
     unlike = [f"{k} (was {stored.get(k)!r}, is {v!r})" for k, v in given.items() if k not in own and stored.get(k) != v]
     if unlike:
@@ -205,12 +211,26 @@ def _check(options: TrainOptions) -> None:
             f"a batch_size of {o.batch_size} does not divide into {o.accumulate} microbatches (accumulate)"
         )
     make_optimizer(o)
+    _check_objective(o)
     if o.init is not None:
-        models.check(o.init)
         return
     config = preset(o.model, **computed(o))
     if config.max_length is not None and o.length > config.max_length:
         raise ConfigError(
             f"rows of {o.length} tokens exceed the {config.max_length} learned positions of {o.model}; "
             f"give --length {config.max_length} or less"
+        )
+
+
+def _check_objective(options: TrainOptions) -> None:
+    """Raise ConfigError for an objective that the model, or the tokenizer of a chat, cannot have."""
+    o = options
+    objectives.kind(o.objective)
+    if o.init is not None:
+        models.check(o.init)
+        objectives.check_model(o.objective, models.load_shapes(o.init), repr(o.init))
+    elif o.objective == "chat" and o.tokenizer in ("bpe", "byte"):
+        raise ConfigError(
+            f"the objective 'chat' needs a chat template, and the tokenizer {o.tokenizer!r} has none: give --init or "
+            "--tokenizer a folder that has one (chat_template.jinja)"
         )

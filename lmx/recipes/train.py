@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from rich.console import Console
 
 from lmx import data, decode, evaluate, losses
 from lmx.core import sharding, specs
-from lmx.core.errors import ConfigError, Stopped
+from lmx.core.errors import Stopped
+from lmx.data.stepwise import Stepwise
 from lmx.hf import files
 from lmx.models import cost, library, transformer, unigram
 from lmx.models.presets import preset
-from lmx.recipes import checkpointed, models
+from lmx.recipes import checkpointed, models, objectives, rows
 from lmx.recipes import corpus as texts
 from lmx.recipes import options as told
 from lmx.recipes.claim import METRICS, checkpoints_of, claim
@@ -88,8 +89,7 @@ def _corpus(options: TrainOptions, folder: Path, console: Console) -> Corpus:
     def prepare() -> None:
         if options.resume and (place / "corpus.json").exists():
             return
-        tokenizer = options.tokenizer if options.init is None else options.init
-        texts.prepare(options.data, tokenizer, options.vocab_size, place, console)
+        texts.prepare(options, place, console)
 
     agreement.first(prepare)
     with agreement.agreed():
@@ -101,11 +101,9 @@ def _model(options: TrainOptions, corpus: Corpus, abstract: bool) -> Any:
     changes = told.computed(options)
     if options.init is not None:
         model = models.load_shapes(options.init) if abstract else models.load_model(options.init)
-        if not isinstance(model, transformer.Model):
-            raise ConfigError(f"{options.init} holds a {type(model).__name__}; lmx train trains Transformers")
-        model.require_next_token()
         data.check_fits(corpus.tokenizer, model.vocab_size)
         return model.replace(config=model.config.replace(**changes))
+    changes |= {"architecture": objectives.kind(options.objective).architecture}
     config = preset(options.model, vocab_size=corpus.tokenizer.vocab_size, **changes)
     if abstract:
         return transformer.Model(config, specs.shapes(transformer.abstract(config)))
@@ -117,7 +115,7 @@ def _fit(options: TrainOptions, folder: Path, corpus: Corpus, console: Console) 
     o = options
     loss = functools.partial(losses.cross_entropy, z_loss=o.z_loss)
     with agreement.agreed():
-        batches = data.Batches(corpus.caches["train"], o.batch_size, o.length, o.seed)
+        batches = rows.batches(o, corpus)
         optimizer = told.make_optimizer(o)
         step = make_train_step(loss, optimizer, accumulate=o.accumulate, clip_norm=o.clip_norm or None)
         keep = dict(keep=o.keep, keep_every=o.keep_every, best="valid_loss" if o.keep_best else None)
@@ -130,7 +128,7 @@ def _fit(options: TrainOptions, folder: Path, corpus: Corpus, console: Console) 
     _say_what(o, price, specs.count(state.trained), first, console)
     index, count = part_of_process(o.batch_size)
     place = functools.partial(place_batch, index=index, count=count)
-    rows = map(place, batches.iterate(first, process_index=index, process_count=count))
+    placed = map(place, batches.iterate(first, process_index=index, process_count=count))
     report = ProgressReport(console, o.steps, price.train_flops, first)
     with contextlib.ExitStack() as stack:
         for part in filter(None, (checkpoints, log, report.shown())):
@@ -138,7 +136,7 @@ def _fit(options: TrainOptions, folder: Path, corpus: Corpus, console: Console) 
         asked = stack.enter_context(stop_requests())
         stack.enter_context(processes.shared_fate())
         outcome = train(
-            state, step, rows, steps=o.steps, every=Every(10, o.evaluate_every, o.save_every),
+            state, step, placed, steps=o.steps, every=Every(10, o.evaluate_every, o.save_every),
             evaluate=_validation(o, corpus), checkpoints=checkpoints,
             extra=lambda step: {"data": batches.state(step), "model": travels}, log=log, report=report,
             asked_to_stop=agreement.agree_to_stop(asked),
@@ -146,7 +144,7 @@ def _fit(options: TrainOptions, folder: Path, corpus: Corpus, console: Console) 
     return outcome, outcome.state.ema_model
 
 
-def _state(options: TrainOptions, corpus: Corpus, optimizer: Any, checkpoints: Checkpoints, batches: data.Batches):
+def _state(options: TrainOptions, corpus: Corpus, optimizer: Any, checkpoints: Checkpoints, batches: Stepwise):
     """The state of a new run, or of the newest sound checkpoint of one that goes on."""
     o = options
     going_on = o.resume and checkpoints.latest() is not None
@@ -179,12 +177,9 @@ def _say_what(options: TrainOptions, price: cost.Cost, trained: int, first: int,
 
 def _validation(options: TrainOptions, corpus: Corpus, most: int = 24):
     """An evaluation on up to `most` batches spread over the validation split."""
-    o, cache = options, corpus.caches["valid"]
-    batches = -(-data.num_rows(cache, o.length) // o.batch_size)
 
     def validate(state: Any) -> dict[str, float]:
-        rows = data.evaluation_rows(cache, o.length, batch_size=o.batch_size)
-        some = itertools.islice(rows, 0, None, -(-batches // most))
+        some = rows.held_out(options, corpus, "valid", most)
         return {"valid_loss": evaluate.mean_nll(state.ema_model, some, place=place_batch)}
 
     return validate
@@ -198,7 +193,39 @@ def resume_command(folder: Path, started_by: str = "") -> str:
 def _finish(
     options: TrainOptions, folder: Path, corpus: Corpus, outcome: Outcome, model: Any, console: Console
 ) -> dict[str, Any]:
-    """Evaluate on the test split beside its references, sample, save and draw."""
+    """Evaluate on the test split, save and draw."""
+    measure = _measure_text if options.objective == "causal" else _measure_targets
+    notes = {"made by": "lmx train", "options": told.values(options)}
+    found = measure(options, folder, corpus, model, notes, console)
+    result = {
+        "objective": options.objective,
+        **found,
+        "parameters": specs.count(model),
+        "tokens_per_second": outcome.tokens_per_second,
+        "output": str(folder),
+        "steps": outcome.step,
+        "skipped": outcome.skipped,
+    }
+    origin, its_files = models.came_from(options.init)  # so that it can go back as it came
+    if its_files is None and options.objective == "chat":
+        its_files = files.TokenizerFiles(folder / "data" / "tokenizer")
+    kept = notes if origin is None else notes | {files.NOTES: origin}
+    library.save(model, folder / "model", tokenizer=its_files or corpus.tokenizer, overwrite=True, notes=kept)
+
+    def show() -> dict[str, Any]:
+        bits = found.get("bits_per_byte")
+        said = f"{found['loss']:.3f} nats a target" if bits is None else f"{bits['all']:.3f} bits per byte"
+        plot(folder / METRICS, folder / "loss.png", title=f"{folder.name}: {said}")
+        (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        return result
+
+    return agreement.first(show)
+
+
+def _measure_text(
+    options: TrainOptions, folder: Path, corpus: Corpus, model: Any, notes: dict, console: Console
+) -> dict[str, Any]:
+    """Bits per byte of the test split beside its references, and a sample. Saves the unigram model."""
     baseline = unigram.fit(corpus.caches["train"].tokens, corpus.tokenizer.vocab_size)
     with console.status("evaluating on the test split"):
         bits = split_bits(model, corpus, options.length, options.batch_size)
@@ -208,28 +235,17 @@ def _finish(
             model, corpus.tokenizer, "", max_new_tokens=min(200, options.length - 1), temperature=0.8, top_p=0.95,
             key=jax.random.key(options.seed),
         )[0]  # fmt: skip
-    result = {
-        "bits_per_byte": bits,
-        "references": {"unigram": reference, "lzma": corpus.lzma},
-        "parameters": specs.count(model),
-        "tokens_per_second": outcome.tokens_per_second,
-        "output": str(folder),
-        "steps": outcome.step,
-        "skipped": outcome.skipped,
-        "sample": sample,
-    }
-    notes = {"made by": "lmx train", "options": told.values(options)}
-    origin, its_files = models.came_from(options.init)  # so that it can go back as it came
-    kept = notes if origin is None else notes | {files.NOTES: origin}
-    library.save(model, folder / "model", tokenizer=its_files or corpus.tokenizer, overwrite=True, notes=kept)
     library.save(baseline, folder / "unigram", tokenizer=corpus.tokenizer, overwrite=True, notes=notes)
+    return {"bits_per_byte": bits, "references": {"unigram": reference, "lzma": corpus.lzma}, "sample": sample}
 
-    def show() -> dict[str, Any]:
-        plot(folder / METRICS, folder / "loss.png", title=f"{folder.name}: {bits['all']:.3f} bits per byte")
-        (folder / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-        return result
 
-    return agreement.first(show)
+def _measure_targets(
+    options: TrainOptions, folder: Path, corpus: Corpus, model: Any, notes: dict, console: Console
+) -> dict[str, Any]:
+    """What the objective predicts on the test split, in nats a target: these targets are no text of known bytes."""
+    with console.status("evaluating on the test split"):
+        loss = evaluate.mean_nll(model, rows.held_out(options, corpus, "test"), place=place_batch)
+    return {"loss": loss, "perplexity": math.exp(loss), "targets": objectives.kind(options.objective).targets}
 
 
 def split_bits(model: Any, corpus: Corpus, length: int, batch_size: int) -> dict[str, float]:

@@ -88,6 +88,16 @@ def test_ctrl_c_saves_and_the_run_goes_on_with_the_same_numbers(trained, spawn, 
     assert {name: done.result[name] for name in same} == {name: trained[1].result[name] for name in same}
 
 
+def test_another_objective_says_what_it_measures(shell, text, tmp_path):
+    words = "train --objective masked --tokenizer byte --model llama-tiny --batch-size 4 --length 32 --steps 3 --json"
+    done = shell(*words.split(), "--data", text, "--output", "encoder", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.result["objective"] == "masked" and done.result["targets"] == "masked tokens"
+    said = f"{done.result['loss']:.3f} nats, perplexity {done.result['perplexity']:.2f}, over the masked tokens"
+    assert said in done.err and "bits per byte" not in done.err + done.out
+    assert library.load(tmp_path / "encoder" / "model").config.architecture == "encoder"
+
+
 def test_init_and_train_change_only_what_the_pattern_names(run, text, shell, tmp_path):
     words = f"--init {run} --train mlp/ --data {text} --steps 3 --batch-size 4 --length 32 --output tuned --json"
     done = shell("train", *words.split(), cwd=tmp_path)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmx.core.errors import DataError
-from lmx.data import Document, deduplicate, split, summary
+from lmx.data import Document, deduplicate, split, split_by, summary
 
 
 def sentences(seed: int, count: int = 40) -> str:
@@ -52,6 +52,19 @@ def test_split_shares_and_order_independence():
     random.Random(0).shuffle(shuffled)
     again = split(shuffled)
     assert all(set(splits[name]) == set(again[name]) for name in splits)
+
+
+def test_anything_is_split_by_its_text():
+    pairs = [(str(number), repeat) for number in range(400) for repeat in range(2)]
+    divided = split_by(pairs, lambda pair: pair[0])
+    of = {text: {name for name, members in divided.items() for t, _ in members if t == text} for text, _ in pairs}
+    assert all(len(names) == 1 for names in of.values())  # equal texts stay together
+    assert sorted(pair for members in divided.values() for pair in members) == sorted(pairs)
+    assert len(divided["train"]) > 680 and min(len(divided["valid"]), len(divided["test"])) > 15
+    documents = split([Document(text, "", "d") for text, _ in pairs])  # the very split of documents
+    assert {d.text for d in documents["valid"]} == {text for text, _ in divided["valid"]}
+    with pytest.raises(DataError, match="2 examples are too few: none is left for the"):
+        split_by(["a", "b"], str)
 
 
 def test_a_documents_split_does_not_depend_on_the_others():

@@ -21,9 +21,11 @@ from lmx.data import (
     encode_conversations,
     encode_pairs,
     gather,
+    open_examples,
     read_conversations,
     read_json_pairs,
     read_pairs,
+    save_examples,
 )
 
 PAD = 99
@@ -97,6 +99,25 @@ def test_each_example_comes_once_an_epoch(sizes, batch_size, seed, encoder, how)
         shares = [batches.at(1, index, count) for index in range(count)]
         for name, whole in batches.at(1).items():
             assert np.array_equal(whole, np.concatenate([share[name] for share in shares]))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_example_comes_once_in_an_evaluation_whatever_the_number_of_rows(packed):
+    examples = some([3, 9, 20, 24, 5, 7], [4, 4, 24, 1, 8, 2])
+    batches = list(ExampleBatches(examples, 1, (30,), pad_id=PAD, packed=packed).each(4))
+    assert sorted(found for batch in batches for found in contents(batch)) == sorted(expected(examples))
+    assert all(batch["tokens"].shape == (4, 30) for batch in batches)
+
+
+@pytest.mark.parametrize("given", [None, [4, 1, 6]])
+def test_examples_go_to_a_file_and_back(given, tmp_path):
+    examples = some([3, 9, 20], given)
+    save_examples(examples, tmp_path / "some.safetensors")
+    again = open_examples(tmp_path / "some.safetensors")
+    assert again.fingerprint == examples.fingerprint and expected(again) == expected(examples)
+    assert again.encoder_tokens is None if given is None else again.encoder_tokens.dtype == np.int32
+    with pytest.raises(FolderError, match="other.safetensors is missing"):
+        open_examples(tmp_path / "other.safetensors")
 
 
 def test_a_bucket_is_no_longer_than_its_examples_need():

@@ -15,7 +15,17 @@ from scipy import stats
 from tokenizers import AddedToken, models
 
 from lmx.core.errors import ConfigError, DataError
-from lmx.data import Batches, Document, Masked, SpanCorruption, Tokenizer, build_cache, masked, span_corruption
+from lmx.data import (
+    Batches,
+    Document,
+    Masked,
+    SpanCorruption,
+    Tokenizer,
+    build_cache,
+    masked,
+    span_corruption,
+    special_tokens,
+)
 from lmx.data.spans import collapse, draw_removed
 from lmx.data.stepwise import generator
 
@@ -227,6 +237,25 @@ def test_special_tokens_are_found_by_name():
     assert (named.sentinel_ids, named.pad_id, named.eos_id) == ((6, 5), 4, 3)
     free = span_corruption(tokenizer("</s>", "<pad>"), vocab_size=9, mean_span=2.0)
     assert (free.sentinel_ids, free.mean_span) == ((8, 7, 6, 5), 2.0)
+
+
+def test_special_tokens_can_be_added():
+    before = tokenizer("</s>", "<pad>")
+    after = special_tokens.add(before, ("<mask>", "<pad>"))
+    assert (before.vocab_size, after.vocab_size, after.eos_id) == (5, 6, 3)
+    assert special_tokens.mask_id(after) == 5 and special_tokens.pad_id(after) == 4
+    assert after.encode("a <mask>", special=True) == [0, 5]
+
+
+def test_what_a_template_puts_before_a_text():
+    made = tokenizer("</s>", "[CLS]")
+    assert special_tokens.first_id(made) is None
+    made.backend.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 3)])
+    assert special_tokens.first_id(made) is None
+    made.backend.post_processor = tokenizers.processors.TemplateProcessing(
+        "[CLS] $A </s>", special_tokens=[("</s>", 3), ("[CLS]", 4)]
+    )
+    assert special_tokens.first_id(made) == 4
 
 
 @pytest.mark.parametrize(

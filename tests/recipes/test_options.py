@@ -45,6 +45,14 @@ def test_a_resumed_run_changes_only_what_it_may():
         resumed(TrainOptions(resume=True, steps=8), stored)
 
 
+def test_an_option_that_is_newer_than_a_run_has_its_default():
+    stored = values(resolve(TrainOptions()))
+    stored.pop("objective")
+    assert resumed(TrainOptions(resume=True), stored).objective == "causal"
+    with pytest.raises(ConfigError, match=r"differ: objective \(was 'causal', is 'masked'\)"):
+        resumed(TrainOptions(resume=True, objective="masked"), stored)
+
+
 def test_a_fine_tuning_brings_its_model_and_tokenizer():
     with pytest.raises(ConfigError, match="init brings its own model and tokenizer; leave out model, vocab_size"):
         resolve(TrainOptions(init="somewhere", model="llama-2m", vocab_size=300))
