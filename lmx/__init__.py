@@ -22,6 +22,7 @@ _NAMES = {  # public name -> where it is
     "init": "lmx.models.transformer",
     "load_adapter": "lmx.hf.adapters",
     "save_adapter": "lmx.hf.adapters",
+    "with_head": "lmx.hf.heads",
     "load": "lmx.hf.library",
     "save": "lmx.hf.library",
     "logits": "lmx.models.library",

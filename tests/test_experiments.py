@@ -47,6 +47,13 @@ def test_translate(tmp_path):
 
 
 @pytest.mark.slow
+def test_classify(tmp_path):
+    said = call("classify.py", *"--quick --steps 12 --output made".split(), cwd=tmp_path)
+    assert "labels more a, more b" in said and "step 12: test accuracy" in said
+    assert (tmp_path / "made" / "structure.json").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["data", "attention", "train_step", "decode", "startup", "scaling", "utilisation", "load"]
 )

@@ -54,7 +54,7 @@ def save(
     """
     if not isinstance(model, Model):
         raise ConfigError(f"a {type(model).__name__} has no form among Hugging Face's; save it as format='lmx'")
-    original = _origin(like)
+    original = origin_of(like)
     family, class_name, values = describe(model.config, original)
     bound = tables.bind(family.entries(model.config, class_name), transformer.abstract(model.config))
     held = _held(model)
@@ -134,7 +134,8 @@ def _merged(family: Family, class_name: str, config: Config, original: dict[str,
     return {**original, **fields}
 
 
-def _origin(like: Any) -> dict[str, Any] | str | None:
+def origin_of(like: Any) -> dict[str, Any] | str | None:
+    """What `like` means (see `save`): a config.json, the name of a family, or None. Raises ConfigError for neither."""
     if like is None or isinstance(like, dict):
         return like
     if isinstance(like, str) and like in FAMILIES:
