@@ -1,5 +1,6 @@
 """Floor 3, evaluation: how good a language model is, beside references on the same text."""
 
 from lmx.evaluate.bits import bits_per_byte, lzma_bits_per_byte, mean_nll
+from lmx.evaluate.divergence import mean_kl
 
-__all__ = ["bits_per_byte", "lzma_bits_per_byte", "mean_nll"]
+__all__ = ["bits_per_byte", "lzma_bits_per_byte", "mean_kl", "mean_nll"]

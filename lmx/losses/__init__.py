@@ -5,5 +5,6 @@ pytree that the loss understands; a loss closes over no arrays. Options are boun
 """
 
 from lmx.losses.cross_entropy import cross_entropy, targets_of
+from lmx.losses.distillation import Distillation, distillation
 
-__all__ = ["cross_entropy", "targets_of"]
+__all__ = ["Distillation", "cross_entropy", "distillation", "targets_of"]
