@@ -216,18 +216,19 @@ def split(tree: Any, pattern: str, is_leaf: IsLeaf = None) -> Any:
         if not isinstance(part, Layers):
             next(hits)
             return part
-        stacks = []
+        stacks, sizes = [], []
         for n, period in zip(part.sizes, part.stacks, strict=True):
-            # (leaves, n)
-            selected = np.stack([np.broadcast_to(next(hits), n) for _ in jax.tree.leaves(period, is_leaf)])
+            found = [np.broadcast_to(next(hits), n) for _ in jax.tree.leaves(period, is_leaf)]
+            selected = np.stack(found or [np.zeros(n, bool)])  # (leaves, n); a stack of holes stays whole
             edges = np.flatnonzero((selected[:, 1:] != selected[:, :-1]).any(0)) + 1
             bounds = [0, *edges.tolist(), n]
+            sizes += np.diff(bounds).tolist()
             if len(bounds) == 2:
                 stacks.append(period)
                 continue
             for low, high in zip(bounds, bounds[1:], strict=False):
                 stacks.append(jax.tree.map(lambda leaf, low=low, high=high: _cut(leaf, low, high), period))
-        return Layers.of(stacks)
+        return Layers(tuple(stacks), tuple(sizes))
 
     return jax.tree.map(cut, tree, is_leaf=stops)
 

@@ -154,6 +154,15 @@ def test_partition_then_combine_is_the_identity_on_every_layer(pattern):
     assert set(rows(rest)) == set(rows(before)) - wanted
 
 
+def test_what_is_left_of_a_partition_can_be_split_again():
+    """Stacks of holes alone keep their sizes: parts of a model, side by side in one tree, are partitioned once more."""
+    selected, rest = tree.partition(model(), "head")
+    again, others = tree.partition({"selected": selected, "rest": rest}, "^selected")
+    assert rows(again["selected"]) == rows(selected) and not jax.tree.leaves(again["rest"])
+    assert again["selected"]["decoder"]["layers"].sizes == model()["decoder"]["layers"].sizes
+    assert rows(tree.combine(again["selected"], others["rest"])) == rows(model())
+
+
 def test_partition_refuses_what_cannot_be_trained():
     with pytest.raises(ConfigError, match="only integer arrays"):
         tree.partition(model(), "ticks")
