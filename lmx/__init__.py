@@ -45,6 +45,7 @@ _NAMES = {  # public name -> where it is
     "LoRA": "lmx.core.kinds",
     "Pivoted": "lmx.core.kinds",
     "Quantized": "lmx.core.kinds",
+    "Sum": "lmx.core.kinds",
     "fold": "lmx.core.weights",
     "Rules": "lmx.core.sharding",
     "make_mesh": "lmx.core.sharding",

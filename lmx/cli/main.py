@@ -1,4 +1,4 @@
-"""`lmx train`, `lmx eval`, `lmx generate`, `lmx describe`, `lmx convert`, `lmx plan`.
+"""`lmx train`, `lmx eval`, `lmx generate`, `lmx describe`, `lmx convert`, `lmx fold`, `lmx plan`.
 
 With --json the result is one JSON object on the last line of stdout and everything else goes to stderr. Exit codes:
 0 done, or stopped on request and saved; 2 a mistake in what was given (told without a traceback); 75 another process of
@@ -16,13 +16,14 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from lmx.cli import show, show_plan
+from lmx.cli import show, show_plan, show_surgery
 from lmx.cli.parse import parse
 from lmx.core.errors import LmxError, ending
-from lmx.recipes import convert, describe, evaluate, generate, plan, supervise, train
+from lmx.recipes import convert, describe, evaluate, fold, generate, plan, supervise, train
 from lmx.recipes.convert import ConvertOptions
 from lmx.recipes.describe import DescribeOptions
 from lmx.recipes.evaluate import EvalOptions
+from lmx.recipes.fold import FoldOptions
 from lmx.recipes.generate import GenerateOptions
 from lmx.recipes.options import DEFAULTS, PRESETS, TrainOptions
 from lmx.recipes.plan import PlanOptions
@@ -82,6 +83,14 @@ class Convert(Printed, ConvertOptions):
 
 
 @dataclasses.dataclass(frozen=True)
+class Fold(Printed, FoldOptions):
+    __doc__ = FoldOptions.__doc__
+
+    model: Model
+    """The folder of a run or a model."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan(Printed, PlanOptions):
     __doc__ = PlanOptions.__doc__
 
@@ -129,6 +138,12 @@ def _convert(options: Convert, console: Console) -> dict[str, Any]:
     return result
 
 
+def _fold(options: Fold, console: Console) -> dict[str, Any]:
+    result = fold.run(options)
+    show_surgery.folding(result, console)
+    return result
+
+
 def _plan(options: Plan, console: Console) -> dict[str, Any]:
     plan.need_no_device()
     result = plan.run(options, Console(stderr=True))
@@ -142,6 +157,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], dict[str, Any] | None]]
     "generate": (Generate, _generate),
     "describe": (Describe, _describe),
     "convert": (Convert, _convert),
+    "fold": (Fold, _fold),
     "plan": (Plan, _plan),
 }
 

@@ -1,8 +1,10 @@
-"""The kinds of weight: `LowRank`, `LoRA`, `Pivoted`, `Quantized`. `lmx.core.weights` says what a kind provides."""
+"""The kinds of weight: `LowRank`, `LoRA`, `Pivoted`, `Quantized`, `Sum`. `lmx.core.weights` says what each provides."""
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -265,3 +267,41 @@ class Quantized(weights.Weight):
         scale = axes.split(jax.lax.slice_in_dim(scale, 0, math.prod(sizes), axis=at), at, sizes)
         scale = jax.reshard(scale, jax.typeof(values).sharding.spec) if explicit else scale
         return (values.astype(jnp.float32) * scale).astype(dtype)
+
+
+@node
+class Sum(weights.Weight):
+    """W = the sum of `parts`, weights of any kind and of one shape; `rank` is how many they are.
+
+    Ding et al. 2021, "RepVGG": branches while training, one matrix to serve.
+    """
+
+    parts: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.parts[0].shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.parts[0].dtype
+
+    @property
+    def rank(self) -> int:
+        return len(self.parts)
+
+    def einsum(self, subscripts: str, x: jax.Array, dtype: Any = None) -> jax.Array:
+        return _total([weights.einsum(subscripts, x, part, dtype) for part in self.parts])
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        return _total([weights.take(ids, part) for part in self.parts]).astype(self.dtype)
+
+    def dense(self) -> jax.Array:
+        return _total([weights.dense(part) for part in self.parts]).astype(self.dtype)
+
+    def children(self, spec: ParamSpec) -> dict[str, Any]:
+        return {"parts": (spec,) * len(self.parts)}
+
+
+def _total(arrays: list[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, arrays)

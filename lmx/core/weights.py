@@ -107,9 +107,11 @@ def specs_like(template: Any, tree: Any) -> Any:
     return jax.tree.map(_spec_of, template, tree)
 
 
-def _spec_of(spec: ParamSpec, w: Any) -> Any:
+def _spec_of(spec: Any, w: Any) -> Any:
     if w is None:  # a hole that partition left
         return None
+    if isinstance(w, tuple):  # several weights in one field
+        return tuple(map(_spec_of, spec, w))
     if not is_weight(w):
         return spec.replace(shape=tuple(w.shape), dtype=jnp.dtype(w.dtype).name)
     parts = w.children(spec)

@@ -55,7 +55,7 @@ def test_the_help_shows_what_the_preset_fills_in(lmx):
 @pytest.mark.parametrize(
     "words, wanted",
     [
-        ("trian", "no command 'trian', there are train, eval, generate, describe, convert, plan; did you mean"),
+        ("trian", f"no command 'trian', there are {', '.join(COMMANDS)}; did you mean"),
         ("train --stepz 3", "--steps INT"),
         ("eval run --dta text", "--data STR"),
         ("generate", "MODEL"),

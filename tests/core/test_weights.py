@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 from lmx.core import sharding, specs, weights
-from lmx.core.kinds import LoRA, LowRank, Pivoted, Quantized
+from lmx.core.kinds import LoRA, LowRank, Pivoted, Quantized, Sum
 from lmx.core.specs import ParamSpec
 
 # what lmx multiplies: (subscripts, shape of x, spec of the weight, how x is laid out)
@@ -91,6 +91,9 @@ def make(kind: str, shape, inputs, copies=0, dtype=jnp.float32, seed=0):
     if kind == "LowRank of Quantized":
         a = quantized(seed, (*shape[:middle], 3), inputs, copies, dtype)
         return LowRank(a, quantized(seed + 2, (*shape[:copies], 3, *shape[middle:]), 1, copies, dtype), inputs)
+    if kind.startswith("Sum of "):
+        parts = kind.removeprefix("Sum of ").split(" and ")
+        return Sum(tuple(make(part, shape, inputs, copies, dtype, seed + 10 * i) for i, part in enumerate(parts)))
     update = low_rank(seed + 5, shape, inputs, 2, copies, dtype)
     base = make(kind.removeprefix("LoRA over "), shape, inputs, copies, dtype, seed)
     return LoRA(base, update.a, update.b, inputs, alpha=3.0)
@@ -108,6 +111,7 @@ KINDS = (
     "LowRank of Quantized",
     "Pivoted of Quantized",
     "LoRA over Quantized",
+    "Sum of array and LowRank and Quantized",
 )
 
 
@@ -127,6 +131,8 @@ def full(w) -> np.ndarray:
     if isinstance(w, Quantized):
         values = np.asarray(w.values, np.float64).reshape(-1, *w.shape[w.inputs :])
         return np.stack([v * full(w.scale)[i // w.group] for i, v in enumerate(values)]).reshape(w.shape)
+    if isinstance(w, Sum):
+        return sum(map(full, w.parts))
     return np.asarray(w.astype(jnp.float32), np.float64)
 
 
@@ -184,6 +190,7 @@ def test_flops_count_every_copy():
     assert flops("LowRank") == flops("LowRank of Quantized") == 2 * 5 * 3 * (16 + 8)
     assert flops("Pivoted") == flops("Pivoted of Quantized") == 2 * 5 * 3 * (16 - 3 + 8)
     assert flops("Quantized") == 2 * 5 * 16 * 8 and flops("LoRA over Quantized") == 2 * 5 * (16 * 8 + 2 * (16 + 8))
+    assert flops("Sum of array and LowRank and Quantized") == 2 * 5 * (2 * 16 * 8 + 3 * (16 + 8))
 
 
 # bfloat16 keeps 8 bits: one rounding moves a number by at most 2^-8 of it. A product of bfloat16 numbers is
@@ -253,6 +260,7 @@ def test_specs_like_reads_kinds_and_shapes_from_the_tree():
 
 SHARDED = (
     "array", "LowRank", "LoRA over LowRank", "LowRank of LowRank", "Pivoted", "Quantized", "Pivoted of Quantized",
+    "Sum of array and LowRank",
 )  # fmt: skip
 
 
