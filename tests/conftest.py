@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import itertools
+import json
 import os
 import secrets
 import shutil
@@ -10,10 +11,16 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+# no test fails because the machine is slow
+settings.register_profile("lmx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lmx")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "XDG_CACHE_HOME" not in os.environ:  # commands keep what they compile: for each other, not for the user
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lmx-tests-")
@@ -34,11 +41,89 @@ def mesh(request):
         yield made
 
 
+PATIENCE = 600  # seconds: what only keeps a test from hanging, on a machine that does much else
+
+
+class Begun:
+    """A process whose output is read as it comes: nothing of it is lost, and it never waits for a reader."""
+
+    def __init__(self, words: list, **how) -> None:
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(list(map(str, words)), stdout=pipe, stderr=pipe, text=True, **how)
+        self._lines: dict[str, list[str]] = {"stdout": [], "stderr": []}
+        self._read = 0  # lines of stderr that `wait_for` has seen
+        self._open, self._came = set(self._lines), threading.Condition()
+        for name in self._lines:
+            threading.Thread(target=self._follow, args=(name,), daemon=True).start()
+
+    def wait_for(self, start: str) -> str:
+        """The next line of stderr that begins so, after those that were waited for before."""
+        found = None
+
+        def came() -> bool:
+            nonlocal found
+            lines = self._lines["stderr"]
+            while found is None and self._read < len(lines):
+                found = lines[self._read] if lines[self._read].startswith(start) else None
+                self._read += 1
+            return found is not None or "stderr" not in self._open
+
+        with self._came:
+            self._came.wait_for(came, PATIENCE)
+        assert found is not None, f"no further line begins with {start!r} in {''.join(self._lines['stderr'])[-3000:]}"
+        return found
+
+    def end(self, code: int = 0) -> tuple[str, str]:
+        """All of stdout and stderr, once it has ended with this exit code."""
+        with self._came:
+            assert self._came.wait_for(lambda: not self._open, PATIENCE), "".join(self._lines["stderr"])[-3000:]
+        self.process.wait(PATIENCE)
+        out, err = ("".join(lines) for lines in self._lines.values())
+        assert self.process.returncode == code, (self.process.returncode, err[-3000:])
+        return out, err
+
+    def _follow(self, name: str) -> None:
+        for line in getattr(self.process, name):
+            with self._came:
+                self._lines[name].append(line)
+                self._came.notify_all()
+        with self._came:
+            self._open.remove(name)
+            self._came.notify_all()
+
+
 JOIN = """
 import sys, jax
 coordinator, count, index, *arguments = sys.argv[1:]
 jax.distributed.initialize(coordinator, int(count), int(index), heartbeat_timeout_seconds=60)
 """
+
+
+@pytest.fixture(scope="module")
+def begun():
+    """`begun(words, cwd=..., env=...) -> Begun`; nobody is left behind."""
+    made = []
+
+    def begin(words: list, **how) -> Begun:
+        made.append(Begun(words, **how))
+        return made[-1]
+
+    yield begin
+    for one in made:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.process.wait()
+
+
+@pytest.fixture(scope="session")
+def hurts():
+    """`hurts({"at": "step", ...}, ...) -> variables` with which tests/hurt/sitecustomize.py hurts a process of lmx."""
+    tests = Path(__file__).parent
+
+    def variables(*points: dict) -> dict[str, str]:
+        return {"PYTHONPATH": os.pathsep.join([str(tests / "hurt"), str(tests.parent)]), "HURT": json.dumps(points)}
+
+    return variables
 
 
 @pytest.fixture
@@ -49,7 +134,7 @@ def loopback(tmp_path):
     `arguments`. It fails with their stderr if one of them fails or takes longer than `timeout` seconds.
     """
 
-    def run(source: str, count: int, *arguments: object, devices: int = 2, timeout: float = 180) -> list[str]:
+    def run(source: str, count: int, *arguments: object, devices: int = 2, timeout: float = PATIENCE) -> list[str]:
         script = tmp_path / "process.py"
         script.write_text(JOIN + source)
         words = [_free_address(), count]

@@ -51,7 +51,8 @@ def test_a_notebook_runs(path, python3, tmp_path):
     place = tmp_path / "work"
     place.mkdir()
     resources = {"metadata": {"path": str(place)}}
-    nbclient.NotebookClient(notebook, kernel_name=python3, timeout=300, resources=resources).execute()
+    patience = dict(timeout=300, startup_timeout=300)
+    nbclient.NotebookClient(notebook, kernel_name=python3, resources=resources, **patience).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
     assert any("image/png" in output.get("data", {}) for output in outputs), "the loss is drawn inline"

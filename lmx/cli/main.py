@@ -28,7 +28,7 @@ from lmx.recipes.generate import GenerateOptions
 from lmx.recipes.options import DEFAULTS, PRESETS, TrainOptions
 from lmx.recipes.plan import PlanOptions
 from lmx.recipes.supervise import SuperviseOptions
-from lmx.train import processes
+from lmx.train import interrupt, processes
 from lmx.train.processes import ProcessOptions
 from lmx.train.progress import PLAIN
 
@@ -105,6 +105,8 @@ def _train(options: Train, console: Console) -> dict[str, Any] | None:
     with processes.joined(options):
         result = train.run(options, console, supervise.started_by(options, options))
         first = processes.leads()
+        if "stopped" in result:  # by a request that may reach another process first, and this one only now
+            interrupt.ignore_sigterm()
     if first and "stopped" not in result:
         show.training(result, console)
     return result if first else None

@@ -182,8 +182,9 @@ def _check(options: TrainOptions) -> None:
     o = options
     if "://" in (o.output or ""):
         raise ConfigError(
-            f"output {o.output} is no local path; train into a local folder, with --checkpoint-folder {o.output} for "
-            "its checkpoints"
+            f"output {o.output} is no local path; a run maps its tokens into memory and appends to its metrics. Train "
+            f"into a local folder, with --checkpoint-folder {o.output} for its checkpoints (of several processes: a "
+            "folder that all of them see)"
         )
     if o.length < 2:
         raise ConfigError(f"rows need a length of at least 2 tokens, not {o.length}")

@@ -29,7 +29,7 @@ from lmx.recipes.claim import CHECKPOINTS, RECORD, stored_options
 from lmx.recipes.meshes import fit_mesh
 from lmx.recipes.options import CHANGEABLE, TrainOptions
 from lmx.train import steps
-from lmx.train.channel import SIGN_OF_LIFE
+from lmx.train.channel import SIGN_OF_LIFE, Clock
 from lmx.train.checkpoints import open_path
 from lmx.train.interrupt import stop_requests
 from lmx.train.processes import ProcessOptions
@@ -149,6 +149,7 @@ def _attempt(
     """
     coordinator = f"localhost:{_free_port()}" if count > 1 else ""
     children, killed, told_to_stop, deadline = [], set(), False, None
+    clock = Clock()
     signs = [_Sign(place / str(i)) for i in range(count)]
     try:
         for i in range(count):
@@ -156,18 +157,19 @@ def _attempt(
             environment |= os.environ | {SIGN_OF_LIFE: str(signs[i].path)}
             children.append(_start(command(i, count, coordinator, going_on), environment))
         while None in (codes := [child.poll() for child in children]):
+            now = clock.now()
             if asked() and not told_to_stop:
                 told_to_stop = True
                 for child in children:
                     child.terminate()
             ended = [code for code in codes if code is not None]
             if ended and deadline is None:
-                deadline = time.monotonic() + heartbeat + SLACK + (0 if any(ended) else 60)
-            if deadline is not None and time.monotonic() > deadline:
+                deadline = now + heartbeat + SLACK + (0 if any(ended) else 60)
+            if deadline is not None and now > deadline:
                 killed |= {i for i, code in enumerate(codes) if code is None}
                 break
             silence = heartbeat + (SLACK if deadline is None else 0)
-            for i in (i for i, code in enumerate(codes) if code is None and signs[i].age() > silence):
+            for i in (i for i, code in enumerate(codes) if code is None and signs[i].age(now) > silence):
                 killed.add(i)
                 children[i].kill()
             time.sleep(0.1)
@@ -194,15 +196,15 @@ class _Sign:
     def __init__(self, path: Path) -> None:
         self.path, self._seen, self._since = path, None, 0.0
 
-    def age(self) -> float:
+    def age(self, now: float) -> float:
         """Seconds since it was seen to be touched; 0 before it is made, and after it was removed."""
         try:
             touched = self.path.stat().st_mtime_ns
         except FileNotFoundError:
             return 0.0
         if touched != self._seen:
-            self._seen, self._since = touched, time.monotonic()
-        return time.monotonic() - self._since
+            self._seen, self._since = touched, now
+        return now - self._since
 
 
 def _start(words: list[str], environment: dict[str, str]) -> subprocess.Popen:

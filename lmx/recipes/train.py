@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,14 @@ def run(options: TrainOptions, console: Console | None = None, started_by: str =
     folder, asked_mesh = told.folder(options), options.mesh
     again = resume_command(folder, started_by)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(sigterm_interrupts())
+        settled = stack.enter_context(sigterm_interrupts())
         options = TrainOptions(**agreement.first(lambda: told.values(stack.enter_context(claim(options, folder)))))
         processes.advise(f"Start all processes again to go on: {again}")
         with agreement.agreed():
             mesh = _mesh(options, asked_mesh, console)
         stack.enter_context(sharding.use_mesh(mesh))
         corpus = _corpus(options, folder, console)
-        outcome, model = _fit(options, folder, corpus, console)
+        outcome, model = _fit(options, folder, corpus, console, settled)
         stopped = {"stopped": True, "step": outcome.step, "resume": again, "output": str(folder)}
         if outcome.stopped:
             console.print(f"stopped and saved at step {outcome.step}. Go on with: {again}", **PLAIN)
@@ -110,8 +111,10 @@ def _model(options: TrainOptions, corpus: Corpus, abstract: bool) -> Any:
     return transformer.init(config, jax.random.key(options.seed))
 
 
-def _fit(options: TrainOptions, folder: Path, corpus: Corpus, console: Console) -> tuple[Outcome, Any]:
-    """Train to the end, or until asked to stop."""
+def _fit(
+    options: TrainOptions, folder: Path, corpus: Corpus, console: Console, settled: Callable[[], None]
+) -> tuple[Outcome, Any]:
+    """Train to the end, or until asked to stop; then `settled` is called: other processes may be asked later."""
     o = options
     loss = functools.partial(losses.cross_entropy, z_loss=o.z_loss)
     with agreement.agreed():
@@ -141,6 +144,8 @@ def _fit(options: TrainOptions, folder: Path, corpus: Corpus, console: Console) 
             extra=lambda step: {"data": batches.state(step), "model": travels}, log=log, report=report,
             asked_to_stop=agreement.agree_to_stop(asked),
         )  # fmt: skip
+        if outcome.stopped:
+            settled()
     return outcome, outcome.state.ema_model
 
 

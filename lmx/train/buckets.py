@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import logging
 import os
@@ -98,6 +99,7 @@ def _store() -> Any:
 
 def _reach(bucket: str, root: str) -> None:
     """Ask for the first time, in a thread: credentials and each try may take their time where nobody answers."""
+    importlib.import_module("gcsfs")  # no answer of the bucket
     failed: list[BaseException] = []
 
     def ask() -> None:

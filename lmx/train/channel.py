@@ -34,10 +34,28 @@ from lmx.core.errors import LOST
 
 ADDRESS = "lmx/channel"  # the key under which process 0 says where it listens
 GRACE = 5.0  # seconds for a process to end by itself once another has told that it fails
-GREETING = 5.0  # seconds for whoever connects to say who it is
+GREETING = 30.0  # seconds for whoever connects to say who it is
 SIGN_OF_LIFE = "LMX_SIGN_OF_LIFE"  # names the file that is touched while the process lives, for who started it
 
 current: Channel | None = None  # where `lmx.train.processes` has joined the processes
+
+_ending = threading.Lock()  # held by whoever ends this process, for good
+
+
+class Clock:
+    """Seconds in which this process could run; `now` is to be asked all the time.
+
+    Where it, or its whole machine, stood still in between, hardly any time has passed: what others said meanwhile has
+    yet to be read, and others may have stood still too.
+    """
+
+    def __init__(self, longest: float = 1.0) -> None:
+        self._longest, self._last, self._lost = longest, time.monotonic(), 0.0
+
+    def now(self) -> float:
+        last, self._last = self._last, time.monotonic()
+        self._lost += max(0.0, self._last - last - self._longest)
+        return self._last - self._lost
 
 
 @dataclasses.dataclass
@@ -46,7 +64,7 @@ class Peer:
 
     index: int
     link: socket.socket
-    heard: float = dataclasses.field(default_factory=time.monotonic)
+    heard: float  # by the channel's clock
     unread: bytes = b""
     leaving: bool = False
 
@@ -63,7 +81,8 @@ class Channel:
     def __init__(self, index: int, count: int, links: dict[int, socket.socket], limit: float) -> None:
         self.index, self.count, self.limit = index, count, limit
         self.advice = "Start all processes again."  # what to do when one is lost
-        self._peers = {i: Peer(i, link) for i, link in links.items()}
+        self._clock = Clock()
+        self._peers = {i: Peer(i, link, self._clock.now()) for i, link in links.items()}
         self._sending = threading.Lock()
         self._changed = threading.Condition()
         self._next, self._said, self._results = 0, {}, {}  # rounds: of process 0, and finished
@@ -130,7 +149,7 @@ class Channel:
         while self._open:
             for key, _ in self._selector.select(0.2):
                 self._read(key.data)
-            now = time.monotonic()
+            now = self._clock.now()
             if now >= beat:
                 self._send({})
                 if self._sign is not None:
@@ -141,7 +160,7 @@ class Channel:
                 if now - peer.heard > self.limit and not peer.leaving:
                     self._lose(peer, f"gave no sign of life for {self.limit:g} seconds")
             refused = self.refused
-            if refused is not None and now > refused[0]:
+            if refused is not None and time.monotonic() > refused[0]:
                 end(*refused[1:])
 
     def _read(self, peer: Peer) -> None:
@@ -155,7 +174,7 @@ class Channel:
             if self._open and not peer.leaving:
                 self._lose(peer, "ended, or its machine did")
             return
-        peer.heard = time.monotonic()
+        peer.heard = self._clock.now()
         *lines, peer.unread = (peer.unread + data).split(b"\n")
         for line in lines:
             self._hear(peer.index, json.loads(line))
@@ -203,9 +222,10 @@ class Channel:
 
     def _lose(self, peer: Peer, how: str) -> NoReturn:
         text = f"lmx: process {peer.index} of {self.count} {how}."
-        self._refuse(LOST, f"{text} {self.advice}", 0.0)  # should the main thread fail because of it, and be faster
         if self.index == 0:
             self._send({"end": LOST, "text": text}, besides=peer.index)
+        self._refuse(LOST, f"{text} {self.advice}", 0.0)  # should the main thread fail because of it, and be faster
+        if self.index == 0:
             time.sleep(min(1.0, self.limit / 5))  # jax aborts the others once process 0 is gone: let them end before
         end(LOST, f"{text} {self.advice}")
 
@@ -253,7 +273,11 @@ def _listen(count: int) -> socket.socket:
 
 
 def end(code: int, text: str) -> NoReturn:
-    """End this process at once, whatever its other threads wait for: no exit handler of jax, which would wait too."""
+    """End this process at once, whatever its other threads wait for: no exit handler of jax, which would wait too.
+
+    The first thread to call it has the last word.
+    """
+    _ending.acquire(timeout=5.0)  # in vain in a signal handler on top of the first
     flushing = threading.Thread(target=_flush, daemon=True)
     flushing.start()
     flushing.join(1.0)

@@ -28,31 +28,36 @@ def interrupts_call(end: Callable[[], object]) -> Iterator[None]:
 
     watching = threading.Thread(target=watch, name="lmx-interrupts", daemon=True)
     watching.start()
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # first and last: no signal falls in between
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     try:
         yield
     finally:
-        signal.set_wakeup_fd(wakeup)
         _put_back(before)
+        signal.set_wakeup_fd(wakeup)
         os.close(writing)
         watching.join()
         os.close(reading)
 
 
 @contextlib.contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Within it SIGTERM raises KeyboardInterrupt as Ctrl-C does, in the main thread, so that what is open is closed."""
+def sigterm_interrupts() -> Iterator[Callable[[], None]]:
+    """Within it SIGTERM raises KeyboardInterrupt as Ctrl-C does, in the main thread, so that what is open is closed.
+
+    Yields `settled`: once it was called SIGTERM does nothing, for what has been stopped already is about to end.
+    """
+    settled = threading.Event()
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        if not settled.is_set():
+            raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield settled.set
         return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        yield settled.set
     finally:
         _put_back({signal.SIGTERM: before})
 
@@ -78,6 +83,12 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         _put_back(before)
+
+
+def ignore_sigterm() -> None:
+    """From now on, in a process that has saved what it had and is about to end."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _put_back(before: dict[int, object]) -> None:

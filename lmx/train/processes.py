@@ -105,9 +105,10 @@ def shared_fate() -> Iterator[None]:
         line = channel.current
         if line is not None and not getattr(error, "agreed", False) and line.told is None:
             if not isinstance(error, LmxError | KeyboardInterrupt):
-                until = time.monotonic() + min(5.0, line.limit)
-                while line.refused is None and time.monotonic() < until:  # collectives fail because another did:
-                    time.sleep(0.05)  # what that one says is better
+                for _ in range(int(20 * min(5.0, line.limit))):  # collectives fail because another process did, and
+                    if line.refused is not None:  # what that one says is better
+                        break
+                    time.sleep(0.05)  # counted, not timed: where the machine stands still the other one does too
             first = line.refused  # an error of another process, which may be why this one fails
             line.end_all(*(first[1:] if first is not None else ending(error)))
         raise

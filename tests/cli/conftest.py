@@ -41,25 +41,15 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def spawn():
-    """Begin `python -m lmx ...` in a process of its own, with pipes."""
+def shell():
+    """Run `python -m lmx ...` to its end in a process of its own, with these variables besides."""
 
-    def begin(*arguments: str | Path, cwd: Path) -> subprocess.Popen:
+    def run(*arguments: str | Path, cwd: Path, **variables: str) -> Done:
         command = [sys.executable, "-m", "lmx", *map(str, arguments)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=cwd, env=environment(), stdout=pipe, stderr=pipe, text=True)
-
-    return begin
-
-
-@pytest.fixture(scope="session")
-def shell(spawn):
-    """Run `python -m lmx ...` to its end in a process of its own."""
-
-    def run(*arguments: str | Path, cwd: Path) -> Done:
-        process = spawn(*arguments, cwd=cwd)
-        out, err = process.communicate(timeout=300)
-        return Done(process.returncode, out, err)
+        done = subprocess.run(
+            command, cwd=cwd, env=environment() | variables, capture_output=True, text=True, timeout=600
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
 
     return run
 

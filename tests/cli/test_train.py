@@ -63,18 +63,13 @@ def test_the_folder_holds_what_was_said(trained):
     assert not list(folder.rglob("*.pkl"))
 
 
-def test_ctrl_c_saves_and_the_run_goes_on_with_the_same_numbers(trained, spawn, shell, tiny, tmp_path):
-    process = spawn(*tiny, "--output", "stopped", "--json", cwd=tmp_path)
-    for line in process.stderr:
-        if line.startswith("step 5/60"):
-            process.send_signal(signal.SIGINT)
-            break
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    result = json.loads(out)
-    assert result["stopped"] and 5 <= result["step"] < 60
-    command = "lmx train --resume --output stopped"
-    assert result["resume"] == command and f"Go on with: {command}" in err
+def test_ctrl_c_saves_and_the_run_goes_on_with_the_same_numbers(trained, hurts, shell, tiny, tmp_path):
+    hurt = hurts({"at": "step", "number": 7, "signal": signal.SIGINT, "mark": "interrupted"})
+    done = shell(*tiny, "--output", "stopped", "--json", cwd=tmp_path, **hurt)
+    assert done.code == 0, done.err
+    result, command = done.result, "lmx train --resume --output stopped"
+    assert result["stopped"] and result["step"] == 7
+    assert result["resume"] == command and f"Go on with: {command}" in done.err
 
     done = shell(*command.split()[1:], "--json", cwd=tmp_path)
     assert done.code == 0, done.err

@@ -98,7 +98,7 @@ def test_a_killed_build_is_cleared_away_by_the_next(tmp_path):
         kill = lambda *_: os.kill(os.getpid(), {signal.SIGKILL:d})
         build_cache(documents, byte_tokenizer(), {str(tmp_path)!r}, progress=kill)
     """
-    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=120)
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=300)
     assert killed.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert ".building-" in left.name

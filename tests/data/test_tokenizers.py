@@ -176,7 +176,7 @@ def test_a_tokenizer_larger_than_the_embedding():
 
 def test_importing_the_data_room_does_not_import_jax():
     program = "import sys, lmx.data; print('jax' in sys.modules, 'grain' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
@@ -191,7 +191,7 @@ def test_no_warning_and_no_deadlock_after_a_fork():
     )
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=environment
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, env=environment
     )
     assert (done.stdout.strip(), done.stderr) == ("0", "")
 

@@ -20,6 +20,7 @@ from lmx.recipes.supervise import SuperviseOptions, check, resuming, supervise
 from lmx.train.processes import ProcessOptions
 
 OPTIONS = TrainOptions(batch_size=8)
+LONG = 300.0  # seconds of the heartbeat where nobody is to fall silent, on a machine that does much else
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # this process has used jax
 
 
@@ -46,7 +47,7 @@ class Script:
 
 
 def go(script: Script, folder: Path, local: int = 2, restarts: int = 2) -> int:
-    return supervise(script, folder, OPTIONS, 1.0, SuperviseOptions(True, local, restarts))
+    return supervise(script, folder, OPTIONS, LONG, SuperviseOptions(True, local, restarts))
 
 
 def claimed(folder: Path) -> None:
@@ -92,23 +93,20 @@ def test_a_child_that_gives_no_sign_of_life_any_more_is_killed(folder, monkeypat
         "time.sleep(1); sign.touch(); os.kill(os.getpid(), signal.SIGSTOP)"
     )
     monkeypatch.chdir(folder)
-    begun = time.monotonic()
     words = lambda *_: [sys.executable, "-S", "-c", child]  # noqa: E731
     assert supervise(words, folder, OPTIONS, 1.0, SuperviseOptions(True, 1)) == 0
-    assert 2 < time.monotonic() - begun < 60
+    assert (folder / "again").exists()
 
 
 def test_a_child_that_fell_silent_is_killed_as_soon_as_another_says_so(folder, monkeypatch):
-    monkeypatch.setattr(module, "SLACK", 100.0)
+    monkeypatch.setattr(module, "SLACK", 10_000.0)
     silent = (
         "import os, pathlib, signal, time; pathlib.Path(os.environ['LMX_SIGN_OF_LIFE']).touch(); "
         "os.kill(os.getpid(), signal.SIGSTOP)"
     )
     codes = ["import sys, time; time.sleep(1); sys.exit(75)", silent]
-    begun = time.monotonic()
     words = lambda process, *_: [sys.executable, "-S", "-c", codes[process]]  # noqa: E731
     assert supervise(words, folder, OPTIONS, 1.0, SuperviseOptions(True, 2, 0)) == 75
-    assert time.monotonic() - begun < 60
 
 
 def test_what_was_typed_at_first_goes_on_with_the_same_run(folder, monkeypatch):
@@ -150,20 +148,21 @@ def test_sigterm_ends_the_children_and_a_killed_supervisor_leaves_none(tmp_path)
     source = (
         "import sys; from pathlib import Path; from lmx.recipes.supervise import *\n"
         f"words = lambda *_: [sys.executable, '-S', '-c', {child!r}]\n"
-        "sys.exit(supervise(words, Path('.'), TrainOptions(), 1.0, SuperviseOptions(True, 2)))"
+        f"sys.exit(supervise(words, Path('.'), TrainOptions(), {LONG}, SuperviseOptions(True, 2)))"
     )
     for how, code in ((signal.SIGTERM, 0), (signal.SIGKILL, -9)):
         place = tmp_path / how.name
         place.mkdir()
         process = subprocess.Popen([sys.executable, "-c", source], cwd=place)
-        until(lambda place=place: len(list(place.glob("alive-*"))) == 2)
+        both = lambda place=place: len(list(place.glob("alive-*"))) == 2  # noqa: E731
+        until(lambda both=both, process=process: both() or process.poll() is not None)
         process.send_signal(how)
-        assert process.wait(120) == code
+        assert process.wait(300) == code
         pids = [int(path.name.split("-")[1]) for path in place.glob("alive-*")]
         until(lambda pids=pids: not any(running(pid) for pid in pids))
 
 
-def until(true, seconds: float = 120) -> None:
+def until(true, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end

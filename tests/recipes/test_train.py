@@ -94,6 +94,16 @@ def test_sigterm_outside_the_loop(text, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoints" / "2").exists()
 
 
+def test_sigterm_after_a_stop_changes_nothing(text, tmp_path, monkeypatch):
+    """All processes stop for one that was asked; the others may be asked when they have left the loop."""
+    close = train.Checkpoints.close
+    late = lambda checkpoints: (close(checkpoints), os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
+    monkeypatch.setattr(train, "stop_requests", lambda: contextlib.nullcontext(lambda: True))
+    monkeypatch.setattr(train.Checkpoints, "close", late)
+    result = train.run(tiny(text, tmp_path / "run", steps=5), Console(file=io.StringIO()))
+    assert result["stopped"] and result["step"] == 1
+
+
 @pytest.mark.slow
 def test_a_moving_average_is_what_is_saved(text, tmp_path):
     quiet = Console(file=io.StringIO())

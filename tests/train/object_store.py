@@ -23,6 +23,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from lmx.train import buckets
+
 BUCKET = "bucket"
 PAGE = 20  # names in a page of a listing, so that clients have to ask for the next
 LIST = f"/storage/v1/b/{BUCKET}/o"
@@ -39,6 +41,7 @@ def bucket():
             patch.setenv(name, store.url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
         patch.setenv("NO_GCE_CHECK", "true")  # gcsfs looks for credentials all the same: for 25 seconds off the cloud
+        patch.setattr(buckets, "PATIENCE", 300.0)  # this machine may do much else
         patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks by gRPC what kind of bucket this is
         yield store
         store.close()

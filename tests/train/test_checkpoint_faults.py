@@ -12,9 +12,11 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,7 +68,7 @@ def test_kills(faults, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     found = faults.kills(tmp_path / "run", 10)
     assert (found["kills"], found["lost"], found["damaged"], found["litter"]) == (10, 0, 0, [])
-    assert found["newest"] >= 10
+    assert found["newest"] >= 9  # each child has saved one at least, from step 0 on
 
 
 def test_flipped_bits(faults, tmp_path):
@@ -177,7 +179,7 @@ def test_damage_leaves_the_terminal_quiet(tmp_path):
 
 
 def test_a_failed_save_surfaces_at_once(tmp_path):
-    """In the background nothing fits any more; the next check raises, without a wait."""
+    """In the background nothing fits any more; the next check raises."""
     save(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     big = {"w": np.random.default_rng(0).normal(size=1 << 17)}
@@ -187,10 +189,8 @@ def test_a_failed_save_surfaces_at_once(tmp_path):
         try:
             checkpoints.save(2, big)
             with pytest.raises(FolderError, match=r"step 2 could not be written .*earlier ones are intact.*too large"):
-                for _ in range(200):
-                    start = time.perf_counter()
+                for _ in range(6000):
                     checkpoints.check()
-                    assert time.perf_counter() - start < 0.05
                     time.sleep(0.05)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -198,6 +198,47 @@ def test_a_failed_save_surfaces_at_once(tmp_path):
         checkpoints.check()
         checkpoints.save(2, state(2))
     assert names(tmp_path) == ["1", "2"] and is_state(Checkpoints(tmp_path).restore(state(0))[0], 2)
+
+
+def test_a_check_does_not_wait(tmp_path, monkeypatch):
+    go_on, settle = threading.Event(), Checkpoints._settle
+    monkeypatch.setattr(Checkpoints, "_settle", lambda *save: (go_on.wait(300), settle(*save)))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state(1))
+        checkpoints.check()
+        assert checkpoints._saving.is_alive()
+        go_on.set()
+    assert names(tmp_path) == ["1"]
+
+
+class Lost:
+    """What orbax answers whose barrier has failed."""
+
+    def result(self) -> None:
+        try:
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: a task has died")
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError("the barrier has failed") from error
+
+
+def test_a_lost_process_is_no_fault_of_the_folder(tmp_path, monkeypatch):
+    """What fails in the devices' programs stays what it is: `lmx.train.processes` knows, or learns, why."""
+    save(tmp_path, 1)
+
+    def fails(arrays):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+
+    with monkeypatch.context() as patched, Checkpoints(tmp_path) as checkpoints:
+        patched.setattr("lmx.train.checkpoints.checksums", fails)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Gloo"):
+            checkpoints.save(2, state(2))
+    with monkeypatch.context() as patched, Checkpoints(tmp_path) as checkpoints:  # in the background
+        patched.setattr("lmx.train.storage.write", lambda *_: Lost())
+        checkpoints.save(2, state(2))
+        with pytest.raises(ValueError, match="the barrier has failed") as error:
+            checkpoints.wait()
+        assert not isinstance(error.value, FolderError)
+    assert names(tmp_path) == ["1"]
 
 
 def test_a_step_that_is_replaced_is_not_lost(tmp_path):
@@ -279,7 +320,7 @@ def test_a_process_that_ends_without_closing_does_end(tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=environment, timeout=180
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=environment, timeout=300
     )
     finished = Checkpoints(tmp_path).latest() == 2
     assert done.returncode == (3 if finished else 1), done.stderr

@@ -192,7 +192,7 @@ def run_script(tmp_path, text):
         [sys.executable, "-c", script, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     cuda = ("cudart_stub", "absl::InitializeLog")  # what jax's CUDA plugin says where it is installed without a GPU

@@ -23,7 +23,7 @@ from lmx.models.transformer import Model
 from lmx.train import abstract_start, adamw, loop, make_train_step, start
 from lmx.train.checkpoints import Checkpoints
 from lmx.train.feed import place_batch
-from lmx.train.interrupt import sigterm_interrupts, stop_requests
+from lmx.train.interrupt import interrupts_call, sigterm_interrupts, stop_requests
 from lmx.train.loop import Every
 from lmx.train.progress import ProgressReport, si
 
@@ -222,6 +222,34 @@ def test_sigterm_may_interrupt():
             os.kill(os.getpid(), signal.SIGTERM)
             assert asked()
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_once_it_is_settled_sigterm_is_no_interrupt():
+    with handlers(), sigterm_interrupts() as settled:
+        settled()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_no_signal_falls_between_two_handlers(number, monkeypatch):
+    """It comes as soon as the new handler is there, and as long as it is."""
+    real, called = signal.signal, threading.Semaphore(0)
+
+    def install(which, handler):
+        before = real(which, handler)
+        if which == number and signal.getsignal(number) is handler and handler is not mine:
+            os.kill(os.getpid(), number)
+        return before
+
+    mine = lambda *_: None  # noqa: E731
+    before = real(number, mine)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(signal, "signal", install)
+            with interrupts_call(called.release):
+                assert called.acquire(timeout=300)
+    finally:
+        real(number, before)
 
 
 def test_signals_in_another_thread_are_left_alone():
