@@ -179,9 +179,30 @@ def run(
     a bias by distance is computed once. memory (b, s, d): what an encoder gave; memory_mask (b, t, s): which of it each
     position sees.
     """
+    one = layer(
+        c, tower, positions, x.shape[1], causal=causal, segment_ids=segment_ids, memory=memory, memory_mask=memory_mask,
+        same_positions=same_positions,
+    )  # fmt: skip
+    x = stacks.run(tower.layers, x, one, c.remat, tower.repeats)
+    return normalise(c, tower.norm, x)
+
+
+def layer(
+    c: Config,
+    tower: Tower,
+    positions: jax.Array,
+    length: int,
+    *,
+    causal: bool,
+    segment_ids: jax.Array | None = None,
+    memory: jax.Array | None = None,
+    memory_mask: jax.Array | None = None,
+    same_positions: bool = False,
+) -> Callable[[Block, jax.Array], jax.Array]:
+    """One layer of a tower as a function of its parameters and x (b, length, d); the arguments are those of `run`."""
     turns = angles(c, positions)
     of_heads = functools.partial(normalise, c)
-    at = jnp.arange(x.shape[1])[None] if same_positions else positions
+    at = jnp.arange(length)[None] if same_positions else positions
     bias = distance_bias(c, tower, at, at, causal)
 
     def own(params: Block, y: jax.Array) -> jax.Array:
@@ -197,8 +218,7 @@ def run(
         k, v = attend.project_key_value(params.cross, memory)
         return attend_memory(c, params, y, k, v, memory_mask)
 
-    x = stacks.run(tower.layers, x, lambda params, x: apply(c, params, x, own, cross), c.remat, tower.repeats)
-    return normalise(c, tower.norm, x)
+    return lambda params, x: apply(c, params, x, own, cross)
 
 
 def attend_memory(c: Config, params: Block, y: jax.Array, k: jax.Array, v: jax.Array, mask: Any) -> jax.Array:

@@ -83,6 +83,15 @@ def _abstract_head(c: Config) -> Head:
     )
 
 
+def memory_mask(tokens: jax.Array, segment_ids: Any, memory_segments: Any) -> jax.Array | None:
+    """(b, t, s): what of an encoder's memory, of segments (b, s) or None, the positions of tokens (b, t) see."""
+    if memory_segments is None:
+        return None
+    own = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+    seen = memory_segments != 0 if segment_ids is None else memory_segments
+    return own[:, :, None] == seen[:, None, :]
+
+
 def init(config: Config, key: jax.Array) -> Model:
     """A new model, its parameters drawn by one jitted function and sharded from birth on the mesh in force."""
     return Model(config, specs.init(abstract(config), key))
@@ -158,16 +167,16 @@ class Model:
 
         memory_segments (b, s): a position sees those of its own segment, or without segment_ids all but 0.
         """
-        mask = None
-        if memory_segments is not None:
-            own = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-            seen = memory_segments != 0 if segment_ids is None else memory_segments
-            mask = own[:, :, None] == seen[:, None, :]
+        mask = memory_mask(tokens, segment_ids, memory_segments)
         return self.run_tower("decoder", tokens, segment_ids, positions, None, memory=memory, memory_mask=mask)
 
     def run_tower(self, name: str, tokens, segment_ids, positions, types, **memory: Any) -> jax.Array:
         """The features of the tower "encoder" or "decoder"; memory: as `blocks.run` takes it."""
-        c = self.config
+        x, about = self.enter_tower(name, tokens, segment_ids, positions, types)
+        return blocks.run(self.config, getattr(self.params, name), x, **about, **memory)
+
+    def enter_tower(self, name: str, tokens, segment_ids, positions, types) -> tuple[jax.Array, dict[str, Any]]:
+        """What the first layer of a tower reads (b, t, d), and what `blocks.run` and `blocks.layer` want to know."""
         if self.max_length is not None and tokens.shape[1] > self.max_length:
             raise ConfigError(
                 f"{tokens.shape[1]} tokens a row exceed the {self.max_length} learned positions of this model; "
@@ -177,10 +186,8 @@ class Model:
         if positions is None:
             positions = position.segment_positions(jnp.zeros_like(tokens) if segment_ids is None else segment_ids)
         x = self._embed(name, tokens, positions, types)
-        return blocks.run(
-            c, getattr(self.params, name), x, positions, causal=name == "decoder", segment_ids=segment_ids,
-            same_positions=same, **memory,
-        )  # fmt: skip
+        about = {"positions": positions, "segment_ids": segment_ids, "same_positions": same}
+        return x, about | {"causal": name == "decoder"}
 
     def _embed(self, name: str, tokens: jax.Array, positions: jax.Array, types: jax.Array | None) -> jax.Array:
         """Tokens (b, t) as the decoder or encoder reads them: (b, t, d) in the compute dtype."""

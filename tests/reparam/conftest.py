@@ -37,6 +37,8 @@ MODELS = {
     "t5": dict(architecture="encoder_decoder", position="relative", attention_scale=1.0, tie_embeddings=False),
 }  # fmt: skip
 
+LENGTH = 24  # of the rows of `batches`
+
 
 def random(config: Config, seed: int = 0) -> Model:
     """A model in which every leaf matters."""
@@ -88,3 +90,22 @@ def sound(tmp_path):
         return loaded
 
     return check
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A decoder with grouped heads, its spectra not flat."""
+    config = lmx.preset("llama-tiny", vocab_size=97, num_layers=3, hidden_size=32, intermediate_size=48, num_heads=4)
+    return lmx.init(config.replace(num_kv_heads=2, initializer_range=0.3), jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def batches() -> list[dict]:
+    """Two batches of rows, some of them padded."""
+    made = []
+    for i in range(2):
+        tokens = jax.random.randint(jax.random.key(10 + i), (8, LENGTH), 0, 97)
+        ends = jnp.array([LENGTH, 10, LENGTH, LENGTH, 17, LENGTH, LENGTH, 5])
+        segments = (jnp.arange(LENGTH) < ends[:, None]).astype(jnp.int32)
+        made.append({"tokens": tokens, "segment_ids": segments})
+    return made
