@@ -1,4 +1,5 @@
-"""`lmx train`, `lmx eval`, `lmx generate`, `lmx describe`, `lmx convert`, `lmx fold`, `lmx plan`.
+"""`lmx train`, `lmx eval`, `lmx generate`, `lmx describe`, `lmx convert`, `lmx fold`, `lmx lora`,
+`lmx prune`, `lmx plan`.
 
 With --json the result is one JSON object on the last line of stdout and everything else goes to stderr. Exit codes:
 0 done, or stopped on request and saved; 2 a mistake in what was given (told without a traceback); 75 another process of
@@ -17,16 +18,18 @@ import tyro
 from rich.console import Console
 
 from lmx.cli import show, show_plan, show_surgery
-from lmx.cli.parse import parse
+from lmx.cli.parse import named, parse
 from lmx.core.errors import LmxError, ending
-from lmx.recipes import convert, describe, evaluate, fold, generate, plan, supervise, train
+from lmx.recipes import convert, describe, evaluate, fold, generate, lora, plan, prune, supervise, train
 from lmx.recipes.convert import ConvertOptions
 from lmx.recipes.describe import DescribeOptions
 from lmx.recipes.evaluate import EvalOptions
 from lmx.recipes.fold import FoldOptions
 from lmx.recipes.generate import GenerateOptions
+from lmx.recipes.lora import AttachOptions, ExtractOptions, MergeOptions, RerankOptions
 from lmx.recipes.options import DEFAULTS, PRESETS, TrainOptions
 from lmx.recipes.plan import PlanOptions
+from lmx.recipes.prune import PruneOptions
 from lmx.recipes.supervise import SuperviseOptions
 from lmx.train import interrupt, processes
 from lmx.train.processes import ProcessOptions
@@ -91,6 +94,46 @@ class Fold(Printed, FoldOptions):
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraAttach(Printed, AttachOptions):
+    __doc__ = AttachOptions.__doc__
+
+    model: Model
+    """The folder of a run or a model, or the name of a model of the hub."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraMerge(Printed, MergeOptions):
+    __doc__ = MergeOptions.__doc__
+
+    model: Model
+    """The folder of a run or a model, or the name of a model of the hub."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraExtract(Printed, ExtractOptions):
+    __doc__ = ExtractOptions.__doc__
+
+    model: Model
+    """The folder of the tuned model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraRerank(Printed, RerankOptions):
+    __doc__ = RerankOptions.__doc__
+
+    model: Model
+    """The folder of a model with adapters, or of the base of --adapter."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prune(Printed, PruneOptions):
+    __doc__ = PruneOptions.__doc__
+
+    model: Model
+    """The folder of a run or a model, or the name of a model of the hub."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan(Printed, PlanOptions):
     __doc__ = PlanOptions.__doc__
 
@@ -146,6 +189,36 @@ def _fold(options: Fold, console: Console) -> dict[str, Any]:
     return result
 
 
+def _attach(options: LoraAttach, console: Console) -> dict[str, Any]:
+    result = lora.attach(options, console)
+    show_surgery.adapters(result, console)
+    return result
+
+
+def _merge(options: LoraMerge, console: Console) -> dict[str, Any]:
+    result = lora.merge(options)
+    show_surgery.adapters(result, console)
+    return result
+
+
+def _extract(options: LoraExtract, console: Console) -> dict[str, Any]:
+    result = lora.extract(options)
+    show_surgery.adapters(result, console)
+    return result
+
+
+def _rerank(options: LoraRerank, console: Console) -> dict[str, Any]:
+    result = lora.rerank(options, console)
+    show_surgery.adapters(result, console)
+    return result
+
+
+def _prune(options: Prune, console: Console) -> dict[str, Any]:
+    result = prune.run(options, console)
+    show_surgery.pruning(result, console)
+    return result
+
+
 def _plan(options: Plan, console: Console) -> dict[str, Any]:
     plan.need_no_device()
     result = plan.run(options, Console(stderr=True))
@@ -160,6 +233,11 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], dict[str, Any] | None]]
     "describe": (Describe, _describe),
     "convert": (Convert, _convert),
     "fold": (Fold, _fold),
+    "lora attach": (LoraAttach, _attach),
+    "lora merge": (LoraMerge, _merge),
+    "lora extract": (LoraExtract, _extract),
+    "lora rerank": (LoraRerank, _rerank),
+    "prune": (Prune, _prune),
     "plan": (Plan, _plan),
 }
 
@@ -179,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kinds = {name: kind for name, (kind, _) in COMMANDS.items()}
     try:
         options = parse(arguments, kinds, {Train: _train_defaults(arguments)})
-        result = COMMANDS[arguments[0]][1](options, Console(stderr=options.json))
+        result = COMMANDS[named(arguments, COMMANDS)[0]][1](options, Console(stderr=options.json))
     except (LmxError, KeyboardInterrupt) as error:
         code, words = ending(error)
         Console(stderr=True).print(words, **PLAIN)

@@ -6,7 +6,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import tyro
@@ -39,17 +39,28 @@ def summary(kind: type) -> str:
     return " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
 
 
-def overview(commands: dict[str, type]) -> str:
-    """What `lmx --help` prints."""
+def overview(commands: dict[str, type], group: str = "") -> str:
+    """What `lmx --help` prints, or `lmx GROUP --help`."""
     width = max(map(len, commands))
-    lines = (f"  {name:<{width}}  {summary(kind)}" for name, kind in commands.items())
+    lines = "\n".join(f"  {name:<{width}}  {summary(kind)}" for name, kind in commands.items())
+    if group:
+        first = next(iter(commands))
+        return f"usage: lmx {group} COMMAND [OPTIONS]\n\n{lines}\n\n`lmx {first} --help` explains its options."
     return (
         "usage: lmx COMMAND [OPTIONS]\n\n"
         "Take a language model apart, make its parts cheaper, put them back together.\n\n"
-        + "\n".join(lines)
+        + lines
         + "\n\n`lmx COMMAND --help` explains its options, `lmx --version` says which lmx this is.\n"
         "To begin: lmx train"
     )
+
+
+def named(arguments: Sequence[str], commands: Iterable[str]) -> tuple[str, list[str]]:
+    """(the command's name, of one word or two, the rest) of the words of a command line."""
+    first, *rest = arguments or ("--help",)
+    if rest and f"{first} {rest[0]}" in commands:
+        return f"{first} {rest[0]}", rest[1:]
+    return first, rest
 
 
 def parse(arguments: Sequence[str], commands: dict[str, type], defaults: dict[type, dict[str, Any]]) -> Any:
@@ -58,20 +69,27 @@ def parse(arguments: Sequence[str], commands: dict[str, type], defaults: dict[ty
     `defaults` fills in options by class. Prints and exits for --help, --version and options that are wrong; raises
     ConfigError for a command that there is not.
     """
-    first, *rest = arguments or ("--help",)
-    if first in ("-h", "--help"):
+    name, rest = named(arguments, commands)
+    if name in ("-h", "--help"):
         print(overview(commands))
         sys.exit(0)
-    if first == "--version":
+    if name == "--version":
         print(f"lmx {__version__}")
         sys.exit(0)
-    if first not in commands:
-        raise ConfigError(f"no command {first!r}, there are {', '.join(commands)}{nearest(first, commands)}")
-    kind = commands[first]
+    group = {command: kind for command, kind in commands.items() if command.startswith(f"{name} ")}
+    if group and (not rest or rest[0] in ("-h", "--help")):
+        print(overview(group, name))
+        sys.exit(0)
+    if group:
+        told = ", ".join(group)
+        raise ConfigError(f"no command {f'{name} {rest[0]}'!r}, there are {told}{nearest(f'{name} {rest[0]}', group)}")
+    if name not in commands:
+        raise ConfigError(f"no command {name!r}, there are {', '.join(commands)}{nearest(name, commands)}")
+    kind = commands[name]
     filled = {"default": kind(**defaults[kind])} if kind in defaults else {}
     return tyro.cli(
         kind,
-        prog=f"lmx {first}",
+        prog=f"lmx {name}",
         description=inspect.getdoc(kind),
         args=rest,
         config=(tyro.conf.FlagCreatePairsOff,),

@@ -1,4 +1,4 @@
-"""How `lmx fold` shows what it did."""
+"""How `lmx fold`, `lmx lora` and `lmx prune` show what they did."""
 
 from __future__ import annotations
 
@@ -21,3 +21,22 @@ def folding(result: dict[str, Any], console: Console) -> None:
     for path, reason in result["kept"].items():
         console.print(f"kept    {path}: {reason}", **PLAIN)
     console.print(_written(result), **PLAIN)
+
+
+def adapters(result: dict[str, Any], console: Console) -> None:
+    """What the commands of `lmx lora` end with."""
+    ranks = ", ".join(map(str, result["ranks"]))
+    console.print(
+        f"{result['adapters']} matrices with an adapter, of rank {ranks}: {result['trainable']:,} numbers", **PLAIN
+    )
+    console.print(_written(result), **PLAIN)
+
+
+def pruning(result: dict[str, Any], console: Console) -> None:
+    """What `lmx prune` ends with."""
+    for tower, layers in result["dropped_layers"].items():
+        console.print(f"dropped layers of the {tower}: {', '.join(map(str, layers))}", **PLAIN)
+    for name, (before, after) in result["changed"].items():
+        console.print(f"{name}: {before} -> {after}", **PLAIN)
+    share = result["parameters"] / result["parameters_before"]
+    console.print(f"{share:.1%} of the parameters are left. {_written(result)}", **PLAIN)

@@ -22,7 +22,7 @@ def plain(text: str) -> str:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_explains_every_option(name, lmx):
-    done = lmx(name, "--help")
+    done = lmx(*name.split(), "--help")
     assert done.code == 0
     said = plain(done.out)
     kind = COMMANDS[name][0]
@@ -46,6 +46,14 @@ def test_overview_and_version(lmx):
     assert lmx("--version").out == f"lmx {library.__version__}\n"
 
 
+@pytest.mark.parametrize("words", [("lora",), ("lora", "--help")])
+def test_the_overview_of_several_commands(words, lmx):
+    done = lmx(*words)
+    assert done.code == 0 and done.out.startswith("usage: lmx lora COMMAND [OPTIONS]\n")
+    wanted = [name for name in COMMANDS if name.startswith("lora ")]
+    assert re.findall(r"^  (lora \w+) +[A-Z]", done.out, re.M) == wanted
+
+
 def test_the_help_shows_what_the_preset_fills_in(lmx):
     for name, words in {"quick": (), "small": ("--preset", "small")}.items():
         said = plain(lmx("train", *words, "--help").out).partition(" --model ")[2].partition(" --init ")[0]
@@ -56,6 +64,7 @@ def test_the_help_shows_what_the_preset_fills_in(lmx):
     "words, wanted",
     [
         ("trian", f"no command 'trian', there are {', '.join(COMMANDS)}; did you mean"),
+        ("lora atach", "no command 'lora atach', there are lora attach, lora merge, lora extract, lora rerank; did"),
         ("train --stepz 3", "--steps INT"),
         ("eval run --dta text", "--data STR"),
         ("generate", "MODEL"),

@@ -166,6 +166,24 @@ def test_kinds_fold_into_arrays(tiny, answer, sound):
     assert kinds == {"LoRA", "Sum"}
 
 
+def test_branches_are_trained_wide_and_served_folded(tiny, answer, sound):
+    model = tiny()
+    wide = reparam.widen(model, "layers[1:]/mlp/(up|down)", 3, branches=2, key=jax.random.key(0))
+    np.testing.assert_allclose(answer(wide), answer(model), **CLOSE)
+    up = wide.params.decoder.layers.stacks[1][0].mlp.up
+    assert [type(part).__name__ for part in up.parts] == ["ArrayImpl", "LowRank", "LowRank"]
+    assert not np.array_equal(up.parts[1].a, up.parts[2].a)
+    optimizer = lmx.train.adamw(0.1)
+    step = lmx.make_train_step(lmx.losses.cross_entropy, optimizer)
+    trained = step(lmx.start(wide, optimizer), {"tokens": jnp.arange(1, 19).reshape(2, 9)})[0].model
+    folded = reparam.fold(trained)
+    assert folded.params.decoder.layers.sizes == (3,) and np.abs(answer(trained) - answer(wide)).max() > 0.01
+    np.testing.assert_allclose(answer(folded), answer(trained), **CLOSE)
+    sound(wide)
+    with pytest.raises(ConfigError, match="branches must be at least 1"):
+        reparam.widen(model, "mlp/up", 3, branches=0, key=jax.random.key(0))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert", "neox"])
 def test_value_biases_pass_through_attention(name, tiny, answer, sound):
     model = tiny(name)
