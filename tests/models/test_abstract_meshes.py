@@ -1,13 +1,19 @@
-"""The big presets on meshes nobody here has: their train step is lowered and read; a small one's collectives counted.
+"""The big presets on meshes nobody here has: their train step is lowered and read, compiled, and what it moves counted.
 
-Lowering for 64 and 256 devices needs none of them. What the compiler makes of it is counted on 8 simulated devices, for
-a tiny config, so that an accidental gather fails here.
+Lowering for 64 and 256 devices needs none of them. What the compiler makes of it is counted for a tiny config on 8
+simulated devices, so that an accidental gather fails here, and for the 7B and 70B presets on 64 and 256 of them, which
+hold nothing, with the loss in chunks as on accelerators. That compiler is the CPU's: it moves bfloat16 as float32, and
+does not turn the sums of which a device needs a part into reduce-scatters as those of TPUs and GPUs do.
 """
 
 from __future__ import annotations
 
 import collections
+import json
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -172,3 +178,79 @@ def test_fsdp_with_tensor_gathers_a_part_of_each_weight(collectives_of):
         if one.kind == "all-reduce" and one.count == 3:
             by_axis[len(one.group)] += one.bytes
     assert by_axis == {4: (2 + 1 + 5) * STREAM // 2, 2: (4 * ATTENTION + 3 * MLP) // 4 + NORMS}
+
+
+COMPILE = """
+import dataclasses, importlib.util, json, sys
+import jax
+jax.config.update("jax_disable_most_optimizations", True)
+spec = importlib.util.spec_from_file_location("meshes", sys.argv[1])
+meshes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(meshes)
+from lmx.core import hlo, sharding
+from lmx.losses import chunks
+chunks.ON_CPU = chunks.CHUNK_LOGITS
+name, text, devices = sys.argv[2], sys.argv[3], int(sys.argv[4])
+mesh = sharding.make_mesh(text, devices=jax.devices()[:devices])
+with sharding.use_mesh(mesh):
+    traced, _ = meshes.lower(meshes.preset(name, attention="reference"), mesh, meshes.ROWS, meshes.LENGTH)
+    found = hlo.collectives(traced.lower().compile().as_text())
+print(json.dumps([dataclasses.asdict(one) for one in found]))
+"""
+
+
+@pytest.fixture(scope="module")
+def big_collectives():
+    """`big_collectives(preset, mesh, devices)`: as `collectives_of`, from a process of so many simulated devices."""
+
+    def count(name: str, text: str, devices: int) -> list[hlo.Collective]:
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILE, __file__, name, text, str(devices)], capture_output=True, text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, timeout=900,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [hlo.Collective(**one | {"group": tuple(one["group"])}) for one in json.loads(done.stdout)]
+
+    return count
+
+
+def sums(found, times: int, group: int) -> int:
+    """Bytes that are summed over groups of that many devices, so many times a step."""
+    return sum(o.bytes for o in found if o.kind == "all-reduce" and o.count == times and len(o.group) == group)
+
+
+def chunks(vocabulary: int, devices: int) -> int:
+    """Into how many the loss cuts a row, of 64 million logits a device each: so often the head's gradient is summed."""
+    return -(-LENGTH // ((1 << 26) * devices // (ROWS * vocabulary)))
+
+
+@pytest.mark.slow
+def test_7b_on_64_devices_moves_each_weight_twice_and_each_gradient_once(big_collectives):
+    """4096 wide, 32 layers of four square and three 11008-wide matrices, 32000 words, in closed form."""
+    found = big_collectives("llama-7b", "fsdp=64", 64)
+    d, f, v, layers = 4096, 11008, 32000, 32
+    gathered = collections.Counter((one.count, one.bytes) for one in found if one.kind == "all-gather")
+    assert gathered == {(layers, 4 * d * d): 2 * 4, (layers, 4 * d * f): 2 * 3, (1, 4 * v * d): 2}
+    assert sums(found, layers, 64) == 4 * (4 * d * d + 3 * d * f + 2 * d)  # a layer's gradients, norms among them
+    assert 0 <= sums(found, 1, 64) - 4 * (v * d + d) < 200  # the embedding, the last norm and a few scalars
+    assert 0 <= sums(found, chunks(v, 64), 64) - 4 * v * d < 200
+    assert {one.kind for one in found} == {"all-gather", "all-reduce"} and all(one.counted for one in found)
+
+
+@pytest.mark.slow
+def test_70b_on_256_devices_gathers_eighths_and_sums_activations_over_tensor(big_collectives):
+    """8192 wide, 80 layers of 64 query and 8 key-value heads, 28672 wide within, 128256 words: fsdp=32 x tensor=8."""
+    found = big_collectives("llama-70b", "fsdp=32,tensor=8", 256)
+    d, f, v, kv, layers, tensor = 8192, 28672, 128256, 8 * 128, 80, 8
+    gathered = collections.Counter((one.count, one.bytes) for one in found if one.kind == "all-gather")
+    assert gathered == {
+        (layers, 4 * d * d // tensor): 2 * 2, (layers, 4 * d * kv // tensor): 2 * 2,
+        (layers, 4 * d * f // tensor): 2 * 3, (1, 4 * v * d // tensor): 2,
+    }  # fmt: skip
+    assert sums(found, layers, 32) == 4 * ((2 * d * d + 2 * d * kv + 3 * d * f) // tensor + 2 * d)
+    stream = 4 * ROWS // 32 * LENGTH * d
+    assert sums(found, layers, tensor) == (2 + 1 + 5) * stream  # as of the tiny one: two forward, one again, five back
+    assert 0 <= sums(found, 1, 32) - 4 * (v * d // tensor + d) < 200
+    assert 0 <= sums(found, chunks(v, 256), 32) - 4 * v * d // tensor < 200
+    assert {one.kind for one in found} == {"all-gather", "all-reduce"} and all(one.counted for one in found)
