@@ -1,5 +1,5 @@
-"""`lmx train`, `lmx eval`, `lmx generate`, `lmx describe`, `lmx convert`, `lmx fold`, `lmx lora`,
-`lmx prune`, `lmx plan`.
+"""`lmx train`, `lmx eval`, `lmx generate`, `lmx describe`, `lmx convert`, `lmx factorize`, `lmx compare`, `lmx fold`,
+`lmx lora`, `lmx prune`, `lmx plan`.
 
 With --json the result is one JSON object on the last line of stdout and everything else goes to stderr. Exit codes:
 0 done, or stopped on request and saved; 2 a mistake in what was given (told without a traceback); 75 another process of
@@ -20,10 +20,25 @@ from rich.console import Console
 from lmx.cli import show, show_plan, show_surgery
 from lmx.cli.parse import named, parse
 from lmx.core.errors import LmxError, ending
-from lmx.recipes import convert, describe, evaluate, fold, generate, lora, plan, prune, supervise, train
+from lmx.recipes import (
+    compare,
+    convert,
+    describe,
+    evaluate,
+    factorize,
+    fold,
+    generate,
+    lora,
+    plan,
+    prune,
+    supervise,
+    train,
+)
+from lmx.recipes.compare import CompareOptions
 from lmx.recipes.convert import ConvertOptions
 from lmx.recipes.describe import DescribeOptions
 from lmx.recipes.evaluate import EvalOptions
+from lmx.recipes.factorize import FactorizeOptions
 from lmx.recipes.fold import FoldOptions
 from lmx.recipes.generate import GenerateOptions
 from lmx.recipes.lora import AttachOptions, ExtractOptions, MergeOptions, RerankOptions
@@ -83,6 +98,19 @@ class Convert(Printed, ConvertOptions):
     """The folder of a run, a model or a checkpoint, of lmx or of Hugging Face, or the name of a model of the hub."""
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """The folder to write."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Factorize(Printed, FactorizeOptions):
+    __doc__ = FactorizeOptions.__doc__
+
+    model: Model
+    """The folder of a run or a model, or the name of a model of the hub."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare(Printed, CompareOptions):
+    __doc__ = CompareOptions.__doc__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +211,18 @@ def _convert(options: Convert, console: Console) -> dict[str, Any]:
     return result
 
 
+def _factorize(options: Factorize, console: Console) -> dict[str, Any]:
+    result = factorize.run(options, console)
+    show_surgery.factorizing(result, console)
+    return result
+
+
+def _compare(options: Compare, console: Console) -> dict[str, Any]:
+    result = compare.run(options, console)
+    show_surgery.comparing(result, console)
+    return result
+
+
 def _fold(options: Fold, console: Console) -> dict[str, Any]:
     result = fold.run(options)
     show_surgery.folding(result, console)
@@ -232,6 +272,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, Console], dict[str, Any] | None]]
     "generate": (Generate, _generate),
     "describe": (Describe, _describe),
     "convert": (Convert, _convert),
+    "factorize": (Factorize, _factorize),
+    "compare": (Compare, _compare),
     "fold": (Fold, _fold),
     "lora attach": (LoraAttach, _attach),
     "lora merge": (LoraMerge, _merge),

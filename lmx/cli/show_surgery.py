@@ -1,10 +1,13 @@
-"""How `lmx fold`, `lmx lora` and `lmx prune` show what they did."""
+"""How `lmx factorize`, `lmx compare`, `lmx fold`, `lmx lora` and `lmx prune` show what they did."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
+
+from lmx.train.progress import si
 
 PLAIN = dict(markup=False, highlight=False, soft_wrap=True)
 
@@ -40,3 +43,46 @@ def pruning(result: dict[str, Any], console: Console) -> None:
         console.print(f"{name}: {before} -> {after}", **PLAIN)
     share = result["parameters"] / result["parameters_before"]
     console.print(f"{share:.1%} of the parameters are left. {_written(result)}", **PLAIN)
+
+
+def factorizing(result: dict[str, Any], console: Console) -> None:
+    """What `lmx factorize` ends with."""
+    ranks = [rank for rank in result["ranks"].values() if rank is not None]
+    dense = len(result["ranks"]) - len(ranks)
+    spread = f"of rank {min(ranks)} to {max(ranks)}" if ranks else "factorized"
+    console.print(f"{len(ranks)} matrices {spread}, {dense} left dense: {result['kept']:.1%} of their size", **PLAIN)
+    if "kl" in result:
+        console.print(
+            f"perplexity {result['perplexity_before']:.2f} -> {result['perplexity']:.2f} on held-out text, "
+            f"{result['kl']:.4f} nats a token (KL) from the original",
+            **PLAIN,
+        )
+    share = result["parameters"] / result["parameters_before"]
+    console.print(f"{share:.1%} of the parameters are left. {_written(result)}", **PLAIN)
+    if result["format"] == "hf":
+        console.print(
+            "Hugging Face's format has no such matrices: the quality travels, the size does not", **PLAIN
+        )
+
+
+def comparing(result: dict[str, Any], console: Console) -> None:
+    """What `lmx compare` ends with: the table."""
+    heads = ("method", "kept", "perplexity", "bits/byte", "KL", "parameters", "MB", "MFLOPs/token")
+    table = Table(*heads, "prefill/s", "decode/s", "s", box=None, header_style="bold")
+    for row in result["rows"]:
+        table.add_row(
+            row["method"], "" if row["keep"] is None else f"{row['keep']:.0%}", f"{row['perplexity']:.2f}",
+            f"{row['bits_per_byte']:.3f}", f"{row['kl']:.4f}", f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['bytes'] / 1e6:.2f}", f"{row['flops_per_token'] / 1e6:.2f}", si(row["prefill_tokens_per_second"]),
+            si(row["decode_tokens_per_second"]), f"{row['seconds']:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    whole = result["rows"][0]["decode_tokens_per_second"]
+    slower = [_named(row) for row in result["rows"] if row["decode_tokens_per_second"] < whole]
+    if slower:
+        console.print(f"slower than the original at decoding one row here: {', '.join(slower)}", **PLAIN)
+    console.print(f"In {result['output']}: {', '.join(result['files'])}; {result['seconds']:.0f} s", **PLAIN)
+
+
+def _named(row: dict[str, Any]) -> str:
+    return row["method"] if row["keep"] is None else f"{row['method']} at {row['keep']:.0%}"

@@ -20,12 +20,18 @@ ROWS = 8
 
 
 def batches(
-    source: Source, text: str, tokens: int, seed: int, console: Console | None = None, length: int | None = None
+    source: Source,
+    text: str,
+    tokens: int,
+    seed: int,
+    console: Console | None = None,
+    length: int | None = None,
+    split: str = "train",
 ) -> list[dict[str, np.ndarray]]:
-    """Batches of about so many tokens, drawn from the training split of a text, of the rows that the model was trained
-    on.
+    """Batches of about so many tokens, drawn from a split of a text, of the rows that the model was trained on.
 
-    Raises ConfigError for too few tokens, an encoder-decoder (which reads pairs of texts), DataError for the text.
+    Of a split that has fewer, all there are. Raises ConfigError for too few tokens, an encoder-decoder (which reads
+    pairs of texts), DataError for the text.
     """
     if source.model.config.architecture == "encoder_decoder":
         raise ConfigError(
@@ -40,9 +46,9 @@ def batches(
     console = console or Console(quiet=True)
     with tempfile.TemporaryDirectory(prefix="lmx-calibration-") as scratch:
         with console.status(f"reading {escape(text)}"):
-            documents = data.split(data.deduplicate(data.read(text)))["train"]
+            documents = data.split(data.deduplicate(data.read(text)))[split]
             cache = data.build_cache(documents, tokenizer, Path(scratch))
-        rows = max(1, tokens // length)
+        rows = max(1, min(tokens // length, data.num_rows(cache, length)))
         size = min(ROWS, rows)
         drawn = data.Batches(cache, batch_size=size, length=length, seed=seed)
         return [{name: np.array(x) for name, x in drawn.at(step).items()} for step in range(rows // size)]

@@ -1,13 +1,14 @@
 """`lmx compare`: ways to make a model cheaper, in one table of quality against cost.
 
-A row is one function: a `Given` (the model, its calibration text) and the share to keep, to a model. What is measured is
-the same for every row.
+A row is one function: a `Given` (the model, its calibration text) and the share to keep, to a model. All rows are
+measured alike.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -20,13 +21,16 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from lmx import data, evaluate, reparam
+from lmx import evaluate, reparam
 from lmx.core import atomic, specs
 from lmx.core.errors import ConfigError, FolderError, nearest
 from lmx.models.cost import cost
 from lmx.models.transformer import Model
-from lmx.recipes import calibration, derived, train
+from lmx.recipes import calibration, derived, models, train
 from lmx.recipes.options import TrainOptions
+from lmx.recipes.recovery import recover
+from lmx.reparam.factorization import Parts
+from lmx.reparam.grams import LINEARS
 from lmx.train.progress import PLAIN
 
 RESULTS = ("compare.json", "compare.csv", "compare.png")
@@ -75,9 +79,9 @@ class Given:
     model: Model
     batches: list[dict]
     options: CompareOptions
-    parts: dict[str, reparam.Parts] = dataclasses.field(default_factory=dict)
+    parts: dict[str, Parts] = dataclasses.field(default_factory=dict)
 
-    def decomposed(self, method: str) -> reparam.Parts:
+    def decomposed(self, method: str) -> Parts:
         if method not in self.parts:
             key = jax.random.key(self.options.seed)
             self.parts[method] = reparam.decompose_model(self.model, self.batches, method=method, key=key)
@@ -103,14 +107,13 @@ def best(given: Given, keep: float) -> Model:
 
 def recovered(given: Given, keep: float) -> Model:
     """`best`, then a short distillation from the original."""
-    from lmx.recipes.recovery import recover
-
     o = given.options
-    return recover(best(given, keep), given.model, given.batches, steps=o.recovery_steps, seed=o.seed).model
+    rows = itertools.islice(itertools.cycle(given.batches), o.recovery_steps)
+    return recover(best(given, keep), given.model, rows, o.recovery_steps, seed=o.seed).model
 
 
 def int8(model: Model) -> Model:
-    return reparam.quantize_model(model, reparam.LINEARS)
+    return reparam.quantize_model(model, LINEARS)
 
 
 # A row: (its function, whether it takes a share to keep)
@@ -163,7 +166,7 @@ def measure(model: Model, original: Model, batches: Sequence[dict], size: int) -
     nll, tokens = evaluate.mean_nll(model, batches), sum(float(b["weights"].sum()) for b in batches)
     length = batches[0]["tokens"].shape[1]
     price = cost(model, length)
-    speed = evaluate.speeds(model, prompt=min(128, length - 32) if model.max_length else 128)
+    speed = evaluate.speeds(model, prompt=128 if model.max_length is None else min(128, model.max_length - 32))
     return {
         "perplexity": math.exp(nll),
         "bits_per_byte": nll * tokens / math.log(2) / size,
@@ -244,9 +247,8 @@ def _names(text: str) -> list[str]:
 
 def _bytes_of(source: derived.Source, batches: Sequence[dict]) -> int:
     """The bytes of UTF-8 that the targets of batches spell."""
-    tokenizer, total = data.load_tokenizer(source.folder), 0
+    tokenizer, total = models.load_tokenizer(source.name), 0
     for batch in batches:
         for row, weights in zip(batch["targets"], batch["weights"], strict=True):
             total += len(tokenizer.decode([int(t) for t in row[weights > 0]]).encode())
     return total
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 import time
 from typing import Any
@@ -16,11 +17,13 @@ from lmx import evaluate, reparam
 from lmx.core import specs
 from lmx.core.errors import ConfigError
 from lmx.recipes import calibration, derived
+from lmx.recipes.recovery import recover
 from lmx.reparam import factorization, grams, prices
 from lmx.reparam.factorization import METHODS
 from lmx.train.progress import PLAIN
 
 HELD_OUT = 8_192  # tokens that the result is compared on
+ROW_TOKENS = 2_048  # of a step of recovery, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +56,10 @@ class FactorizeOptions:
     """Ranks are multiples of it; about 1/32 of a matrix's largest if not given."""
     max_stacks: int = 8
     """How many unlike runs of layers there may be, as each costs compile time."""
+    recover: int = 0
+    """Steps of distillation from the original afterwards."""
     data: str = "local"
-    """Text to calibrate on and to compare on, as for lmx train."""
+    """Text to calibrate on, to recover and to compare on, as for lmx train."""
     tokens: int = 32_768
     """How many tokens of it to calibrate on."""
     length: int | None = None
@@ -89,6 +94,12 @@ def run(options: FactorizeOptions, console: Console | None = None) -> dict[str, 
     with console.status("putting the model together"):
         again = given if o.sequential else ()
         small = reparam.rebuild(source.model, parts, ranks, batches=again, method=o.method, **how)
+    recovery = {}
+    if o.recover:
+        rows = calibration.batches(source, o.data, o.recover * ROW_TOKENS, o.seed + 1, console, o.length)
+        rows = itertools.islice(itertools.cycle(rows), o.recover)
+        done = recover(small, source.model, rows, o.recover, seed=o.seed, console=console)
+        small, recovery = done.model, {"recovery_flops": done.flops, "recovery_steps": done.steps}
     for text, times in notes.items():
         console.print(f"{text} ({times} matrices)" if times > 1 else text, **PLAIN)
     with console.status("comparing on held-out text"):
@@ -96,7 +107,7 @@ def run(options: FactorizeOptions, console: Console | None = None) -> dict[str, 
     result = derived.write(source, small, o.output, "lmx factorize", derived.told(o), o.format, o.overwrite)
     paid, whole = (sum(price(p.site.shape, r) for p, r in _each(parts, some)) for some in (ranks, dict.fromkeys(parts)))
     about = {"kept": paid / whole, "ranks": ranks, "notes": dict(notes), "parameters_before": specs.count(source.model)}
-    return result | about | compared | derived.timed(begin)
+    return result | about | compared | recovery | derived.timed(begin)
 
 
 def compare(original: Any, model: Any, batches: list[dict]) -> dict[str, Any]:

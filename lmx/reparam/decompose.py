@@ -113,10 +113,11 @@ def _root(name: str, gram: Any, size: int) -> tuple[Apply, Apply, str | None]:
     values, vectors = np.linalg.eigh(gram)
     if values[0] < -1e-6 * values[-1]:
         raise ConfigError(f"the {name} moments have an eigenvalue of {values[0]:.3g}; they are no second moments")
-    kept = values > TINY * values[-1]
-    root, basis = np.sqrt(values[kept])[:, None], vectors[:, kept]
-    note = f"the {name} moments have rank {kept.sum()} of {size}: eigenvalues took the place of Cholesky's factor"
-    return (lambda x: root * (basis.T @ x)), (lambda x: basis @ (x / root)), note
+    least = JITTERS[-1] * values[-1]  # what was never seen matters least, and is not lost
+    root = np.sqrt(np.maximum(values, least))[:, None]
+    rank = int((values > least).sum())
+    note = f"the {name} moments have rank {rank} of {size}: eigenvalues took the place of Cholesky's factor"
+    return (lambda x: root * (vectors.T @ x)), (lambda x: vectors @ (x / root)), note
 
 
 def _check_gram(name: str, gram: np.ndarray, size: int) -> None:
