@@ -54,7 +54,7 @@ def train(config: Any, batch: int, length: int, rounds: int) -> dict[str, Any]:
     step = make_train_step(lmx.losses.cross_entropy, optimizer)
     tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size)
     flops = cost(state.model, length).train_flops * tokens.size
-    rate = turns.product_rate(config.compute_dtype, 8192 if jax.default_backend() != "cpu" else 2048)
+    rate = turns.product_rate(config.activation_dtype, 8192 if jax.default_backend() != "cpu" else 2048)
 
     def work() -> None:
         nonlocal state
@@ -68,7 +68,7 @@ def train(config: Any, batch: int, length: int, rounds: int) -> dict[str, Any]:
         "medians": {"lmx": seconds},
         "floor": flops / rate,
         "ratio": flops / rate / seconds,
-        "limit": f"the {config.compute_dtype} product rate, {rate / 1e12:.2f} TFLOP/s",
+        "limit": f"the {config.activation_dtype} product rate, {rate / 1e12:.2f} TFLOP/s",
         "tokens_per_second": tokens.size / seconds,
     }
 
@@ -80,7 +80,7 @@ def decode(config: Any, batch: int, prompt: int, new: int, rounds: int) -> dict[
     import lmx
     from lmx.models.cost import cost
 
-    model = lmx.init(config.replace(dtype=config.compute_dtype), jax.random.key(0))
+    model = lmx.init(config.replace(dtype=config.activation_dtype), jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (batch, prompt), 0, config.vocab_size)
     price = cost(model, prompt + new // 2)
     read = price.decode_bytes - price.cache_bytes + batch * price.cache_bytes

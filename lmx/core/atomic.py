@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from lmx.core.errors import FolderError
@@ -42,9 +43,14 @@ def flush(folder: Path) -> None:
             os.close(handle)
 
 
-def put(scratch: Path, target: Path) -> None:
-    """Flush a filled folder and give it its name; what stood there is moved aside first and removed last."""
+def put(scratch: Path, target: Path, kept: Iterable[str] = ()) -> None:
+    """Flush a filled folder and give it its name; what stood there is moved aside first and removed last.
+
+    kept: names in `target` that are to be in the new folder too, unless it has such itself.
+    """
     flush(scratch)
+    for name in kept:
+        _share(target / name, scratch / name)
     old = None
     if target.exists() and any(target.iterdir()):
         old = beside(target, "replaced")
@@ -57,6 +63,23 @@ def put(scratch: Path, target: Path) -> None:
         raise
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _share(source: Path, target: Path) -> None:
+    """The same file or folder in a second place, by links where the file system has them."""
+    if os.path.lexists(target):
+        return
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=_link)
+    else:
+        _link(source, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def moved_aside(target: Path) -> Path | None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lmx.core import hub, weights
@@ -24,11 +23,11 @@ from lmx.core.arrays import open_arrays
 from lmx.core.errors import ConfigError, FolderError
 from lmx.core.specs import ParamSpec
 from lmx.core.tree import paths
-from lmx.hf import adapter_config, adapter_names, files, tables, updates
+from lmx.hf import adapter_config, adapter_names, files, reading, tables, updates
 from lmx.hf.adapter_names import FOLD, Names
 from lmx.hf.families import FAMILIES
 from lmx.hf.updates import Key, Update
-from lmx.models import folders, transformer
+from lmx.models import publishing, transformer
 from lmx.models.transformer import Model
 
 STEM, PREFIX = "adapter_model", "base_model.model."
@@ -45,7 +44,7 @@ def load_adapter(model: Model, folder: str | os.PathLike, *, max_stacks: int = 8
     folder: of the adapter, or its name on the hub. Every module has its own rank and alpha; where they differ between
     layers, or only some layers have an update, stacks are cut, at most into `max_stacks` a tower, since each costs
     compile time. Modules trained whole (`modules_to_save`: a head) replace the model's. Updates have the dtype they are
-    stored in (float16 becomes float32) and are laid out as their weights on the mesh in force.
+    stored in and are laid out as their weights on the mesh in force.
 
     Raises:
       FolderError: a folder without an adapter, a damaged one, or one for another base: what it names is not there, or
@@ -118,14 +117,14 @@ def save_adapter(
     text = adapter_config.write(strengths, names.modules(), where, _task(model), flipped, replaced)
     made = dict(sorted((made | heads).items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     about = adapter_config.NAME
-    folders.publish(folder, made, iter(made.values()), {about: text}, None, overwrite, 1 << 62, (STEM, about))
+    publishing.publish(folder, made, iter(made.values()), {about: text}, None, overwrite, 1 << 62, (STEM, about))
 
 
 def _whole(model: Model, tensor: tables.Tensor) -> np.ndarray:
     """A tensor of the head, which has one leaf a tensor."""
     (part,) = tensor.parts
     leaf = next(leaf for where, leaf in paths(model.params, weights.is_weight) if where.plain == part.leaf)
-    numbers = folders.whole(weights.dense(leaf))
+    numbers = publishing.whole(weights.dense(leaf))
     made = np.empty(tensor.shape, numbers.dtype)
     part.view(made)[...] = numbers
     return made
@@ -195,8 +194,7 @@ def _split(
                 f"{path}: lora_{letter} of {module} has the shape {pair[letter].shape}; for this model, and the rank "
                 f"{rank} that {adapter_config.NAME} says, it must be {shape}: the adapter is for another base"
             )
-    half = jnp.dtype(jnp.bfloat16)
-    a, b = (np.array(pair[letter], half if pair[letter].dtype == half else np.float32) for letter in "AB")
+    a, b = (np.array(pair[letter], reading.kept(pair[letter].dtype)) for letter in "AB")
     for part, view in zip(tensor.parts, of_b, strict=True):
         yield (part.leaf, part.layer), of_a(a), view(b)
 
@@ -265,4 +263,4 @@ def _joined(
 
 def _one(weight: Any, position: int | None) -> np.ndarray:
     one = weight if position is None else jax.tree.map(lambda x: x[position], weight)
-    return folders.whole(weights.dense(one))
+    return publishing.whole(weights.dense(one))

@@ -13,17 +13,10 @@ import numpy as np
 from lmx.core import hub
 from lmx.core.arrays import open_arrays
 from lmx.core.errors import FolderError
-from lmx.models.folders import CONFIG, INDEX, STRUCTURE
+from lmx.models.publishing import CONFIG, INDEX, STRUCTURE, TOKENIZER_FILES
 
 WEIGHTS = "model.safetensors"
-GENERATION = "generation_config.json"
 NOTES = "hugging_face"  # in the notes of an lmx folder: the config.json that a model came with
-# What belongs to a tokenizer, and what travels with it: copied as it is.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "source.spm",
-    "target.spm", "sentencepiece.bpe.model", GENERATION,
-)  # fmt: skip
 
 
 class TokenizerFiles:

@@ -7,11 +7,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lmx.core import hub, sharding
+from lmx.core import hub, sharding, specs
 from lmx.core.errors import ConfigError, nearest
 from lmx.core.sharding import Rules
 from lmx.hf import files, reading, writing
-from lmx.models import library
+from lmx.models import folders, transformer
+from lmx.models import unigram as _unigram  # noqa: F401  (registers a node that folders hold)
 
 FORMATS = ("lmx", "hf")
 
@@ -23,7 +24,7 @@ def load(
 
     folder: what `lmx.save` or `lmx train` wrote; a folder in Hugging Face's format (config.json and safetensors); or
             the name of a model of the hub, "owner/name" or "hf:name".
-    dtype:  of the floating-point arrays; as stored by default (float16 becomes float32).
+    dtype:  of the floating-point arrays; as stored by default.
     mesh:   a mesh or its string ("fsdp=4,tensor=2"); by default the one in force, if any. rules: as in `use_mesh`.
 
     Raises:
@@ -31,16 +32,19 @@ def load(
       ConfigError: an architecture that lmx does not know.
     """
     place = hub.folder(folder)
-    if not files.is_folder(place):
-        return library.load(place, dtype=dtype, mesh=mesh, rules=rules)
     with sharding.use_mesh(sharding.concrete_mesh() if mesh is None else mesh, rules):
-        return reading.load(place, dtype=dtype)
+        if files.is_folder(place):
+            return reading.load(place, dtype=dtype)
+        placed = None
+        if sharding.concrete_mesh() is not None:
+            placed = lambda shapes: specs.shardings(specs.of(shapes))  # noqa: E731
+        return transformer.retyped(folders.load(place, dtype=dtype, shardings=placed), dtype)
 
 
 def load_shapes(folder: str | os.PathLike) -> Any:
     """The model in a folder as `jax.ShapeDtypeStruct`s, with shardings where a mesh is in force; no array is read."""
     place = hub.folder(folder)
-    return reading.load_shapes(place) if files.is_folder(place) else library.load_shapes(place)
+    return reading.load_shapes(place) if files.is_folder(place) else specs.shapes(specs.of(folders.load_shapes(place)))
 
 
 def save(
@@ -69,7 +73,7 @@ def save(
     if format == "lmx":
         if like is not None:
             raise ConfigError("like= says how to write Hugging Face's format; give format='hf' too, or leave it out")
-        library.save(model, folder, tokenizer=tokenizer, overwrite=overwrite, notes=notes)
+        folders.save(model, folder, tokenizer=tokenizer, overwrite=overwrite, notes=notes)
         return
     if notes is not None:
         raise ConfigError("Hugging Face's format has no place for notes=; leave them out, or give format='lmx'")

@@ -8,6 +8,7 @@ way: the host has at most one leaf's local part beside the model.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import mmap
 import re
@@ -28,7 +29,7 @@ from lmx.hf import files, tables
 from lmx.hf.families import family_of
 from lmx.hf.family import Family
 from lmx.models import transformer
-from lmx.models.config import DTYPES, Config
+from lmx.models.config import AUTO, DTYPES, Config
 from lmx.models.transformer import Model
 
 CHUNK = 1 << 22  # numbers of two tensors compared at a time
@@ -38,34 +39,57 @@ PAGES = 1 << 21  # bytes from which on an array has pages of its own
 def load(path: Path, *, dtype: Any = None) -> Model:
     """The model of a folder, on the mesh in force.
 
-    dtype: of all floating-point arrays; by default bfloat16 and float32 stay as they are stored, and float16 and
-    float64 become float32.
+    dtype: of all floating-point arrays; by default as they are stored (float64 becomes float32). What it computes in is
+    decided where it is used (`Config.activation_dtype`).
 
     Raises:
       ConfigError: an architecture, or a value in config.json, that lmx does not know.
       FolderError: files that are missing, damaged, or do not fit config.json.
     """
-    family, class_name, config, bound = _bound(path)
-    stored = files.open_tensors(path)
-    found = _match(path, family, class_name, bound, stored)
-    _check_shapes(path, bound, found)
-    specs = transformer.abstract(config)
-    leaves = []
-    for where, spec in paths(specs):
-        sources = [bound.places[where.plain, layer] for layer in where.layers or (None,)]
-        views = [(found[name], part.view) for name, part in sources]
-        leaves.append(_fill(spec, views, where.layers is not None, _target(dtype, views)))
-    first = jnp.dtype(leaves[0].dtype).name
-    name = first if first in DTYPES else "float32"
-    config = config.replace(dtype=name, compute_dtype="float32" if sharding.platform() == "cpu" else name)
-    return Model(config, jax.tree.unflatten(jax.tree.structure(specs), leaves))
+    model, sources = _with_sources(path, dtype)
+    filled = [_fill(spec, views) for spec, views in zip(jax.tree.leaves(model), sources, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(model), filled)
 
 
 def load_shapes(path: Path) -> Model:
-    """The model of a folder as `jax.ShapeDtypeStruct`s, with shardings where a mesh is in force; from config.json (and
-    the names in the files, where a family needs them)."""
+    """The model of a folder as `jax.ShapeDtypeStruct`s, with shardings where a mesh is in force; from config.json and
+    the heads of the files, or by config.json alone where there are none."""
+    if any(path.glob("*.safetensors")):
+        return spec_trees.shapes(_with_sources(path, None)[0])
     _, _, config, _ = _bound(path)
     return spec_trees.shapes(Model(config, transformer.abstract(config)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """Where the numbers of a leaf are: a stored tensor and what to take of it, for each layer or once."""
+
+    parts: list[tuple[np.ndarray, Callable]]
+    stacked: bool
+
+    def dtype(self) -> np.dtype:
+        """That of the tensors, float32 where they differ."""
+        kinds = {kept(array.dtype) for array, _ in self.parts}
+        return kinds.pop() if len(kinds) == 1 else jnp.dtype(jnp.float32)
+
+
+def kept(stored: Any) -> np.dtype:
+    """The dtype in which numbers that are stored in another are held."""
+    return jnp.dtype(stored) if jnp.dtype(stored).name in DTYPES else jnp.dtype(jnp.float32)
+
+
+def _with_sources(path: Path, dtype: Any) -> tuple[Model, list[Views]]:
+    """(the model of a folder as specs, with the dtypes that it will have, where the numbers of each leaf are)."""
+    family, class_name, config, bound = _bound(path)
+    found = _match(path, family, class_name, bound, files.open_tensors(path))
+    _check_shapes(path, bound, found)
+    specs, leaves, sources = transformer.abstract(config), [], []
+    for where, spec in paths(specs):
+        named = [bound.places[where.plain, layer] for layer in where.layers or (None,)]
+        sources.append(Views([(found[name], part.view) for name, part in named], where.layers is not None))
+        leaves.append(spec.replace(dtype=jnp.dtype(sources[-1].dtype() if dtype is None else dtype).name))
+    config = config.replace(dtype=kept(leaves[0].dtype))
+    return Model(config, jax.tree.unflatten(jax.tree.structure(specs), leaves)), sources
 
 
 def _bound(path: Path) -> tuple[Family, str, Config, tables.Bound]:
@@ -74,7 +98,7 @@ def _bound(path: Path) -> tuple[Family, str, Config, tables.Bound]:
     class_name = family.class_of(values)
     tied = None if family.tied_by_files is None else _tied(path, *family.tied_by_files)
     headless = family.classes[class_name].optional and _lacks_head(path, family, class_name)
-    config = family.config(values, class_name, tied, headless)
+    config = family.config(values, class_name, tied, headless).replace(compute_dtype=AUTO)
     return family, class_name, config, tables.bind(family.entries(config, class_name), transformer.abstract(config))
 
 
@@ -174,34 +198,27 @@ def _check_shapes(path: Path, bound: tables.Bound, found: Mapping[str, np.ndarra
             )
 
 
-def _target(dtype: Any, views: list[tuple[np.ndarray, Callable]]) -> np.dtype:
-    if dtype is not None:
-        return jnp.dtype(dtype)
-    kinds = {array.dtype for array, _ in views}
-    return jnp.dtype(jnp.bfloat16 if kinds == {jnp.dtype(jnp.bfloat16)} else jnp.float32)
-
-
-def _fill(spec: ParamSpec, views: list[tuple[np.ndarray, Callable]], stacked: bool, dtype: np.dtype) -> jax.Array:
-    """A leaf in its place: `views` are its layers, or itself; only what this process's devices hold is read."""
+def _fill(spec: ParamSpec, views: Views) -> jax.Array:
+    """A leaf in its place; only what this process's devices hold is read."""
     mesh = sharding.concrete_mesh()
     place = None if mesh is None else sharding.named_sharding(spec.axes, spec.shape, mesh)
     read_parts: dict[str, np.ndarray] = {}
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if str(index) not in read_parts:  # replicas share it
-            read_parts[str(index)] = _read(views, stacked, index, dtype)
+            read_parts[str(index)] = _read(views, index, jnp.dtype(spec.dtype))
         return read_parts[str(index)]
 
     if place is None:
-        array = jax.device_put(_read(views, stacked, (slice(None),) * len(spec.shape), dtype))
+        array = jax.device_put(_read(views, (slice(None),) * len(spec.shape), jnp.dtype(spec.dtype)))
     else:
         array = jax.make_array_from_callback(spec.shape, place, read)
     return array.block_until_ready()  # or the next leaf would be read while this one's copy is still held
 
 
-def _read(views: list[tuple[np.ndarray, Callable]], stacked: bool, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+def _read(views: Views, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
     """The numbers at `index` of a leaf, copied out of the maps."""
-    chosen, inner = (views[index[0]], index[1:]) if stacked else (views, index)
+    chosen, inner = (views.parts[index[0]], index[1:]) if views.stacked else (views.parts, index)
     part = None
     for i, (array, view) in enumerate(chosen):
         numbers = view(array)[inner]
@@ -209,7 +226,7 @@ def _read(views: list[tuple[np.ndarray, Callable]], stacked: bool, index: tuple[
             part = _empty((len(chosen), *numbers.shape), dtype)
         part[i] = numbers
         arrays.forget(array)
-    return part if stacked else part[0]
+    return part if views.stacked else part[0]
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -23,7 +23,7 @@ from lmx.core.tree import paths
 from lmx.hf import files, tables
 from lmx.hf.families import FAMILIES, family_of
 from lmx.hf.family import Family, differences
-from lmx.models import folders, transformer
+from lmx.models import publishing, transformer
 from lmx.models.config import Config
 from lmx.models.transformer import Model
 
@@ -71,11 +71,11 @@ def save(
     spelled = {family.spelled(name, class_name)[0]: name for name in shapes}
     spelled = dict(sorted(spelled.items(), key=lambda item: (-shapes[item[1]].dtype.itemsize, item[0])))
     fetched: Iterator[np.ndarray] = (made[name]() for name in spelled.values())
-    texts = {folders.CONFIG: _json(values)}
+    texts = {publishing.CONFIG: _json(values)}
     if model.config.head == "lm" and (ids := {k: values[k] for k in GENERATION_IDS if values.get(k) is not None}):
-        texts[files.GENERATION] = _json({"_from_model_config": True, **ids})
+        texts[publishing.GENERATION] = _json({"_from_model_config": True, **ids})
     named = {name: shapes[of] for name, of in spelled.items()}
-    folders.publish(folder, named, fetched, texts, tokenizer, overwrite, max_file_bytes)
+    publishing.publish(folder, named, fetched, texts, tokenizer, overwrite, max_file_bytes)
 
 
 def describe(config: Config, original: dict[str, Any] | str | None = None) -> tuple[Family, str, dict[str, Any]]:
@@ -214,5 +214,5 @@ def _assemble(tensor: tables.Tensor, held: Held, dtype: np.dtype) -> np.ndarray:
     for part in tensor.parts:
         weight, position = held[part.leaf, part.layer]
         one = weight if position is None else jax.tree.map(lambda x, at=position: x[at], weight)
-        part.view(numbers)[...] = folders.whole(weights.dense(one))
+        part.view(numbers)[...] = publishing.whole(weights.dense(one))
     return numbers

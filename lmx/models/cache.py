@@ -35,7 +35,7 @@ def start(c: Config, tower: Tower, batch: int, length: int) -> DecodeState:
     """An empty state with room for `length` positions a row."""
     shape = (batch, c.num_kv_heads, length, c.head_dim)
     runs = tower.layers.num_layers * tower.repeats
-    caches = tuple(attend.empty_cache(*shape, c.compute_dtype) for _ in range(runs))
+    caches = tuple(attend.empty_cache(*shape, c.activation_dtype) for _ in range(runs))
     out = sharding.out_sharding((batch,), "batch")
     return DecodeState(caches, jnp.zeros((batch,), jnp.int32, out_sharding=out))
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from lmx.core import sharding
 from lmx.core.errors import ConfigError, nearest
 from lmx.core.nodes import register
 from lmx.nn import dot_product, heads, mlp, position
@@ -45,7 +46,8 @@ BOOLS = (
 GIVEN = ("vocab_size", "num_layers", "hidden_size", "num_heads", "intermediate_size")
 POSITIVE = (*GIVEN, "num_kv_heads", "head_dim", "relative_buckets", "relative_max_distance", "layer_repeats")
 OPTIONAL_POSITIVE = ("num_encoder_layers", "embedding_size", "window", "rotary_dim", "max_length", "num_labels")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+AUTO = "auto"  # the compute dtype that suits the backend
 
 
 @register
@@ -108,7 +110,7 @@ class Config:
     pool: str = "first"  # which vector stands for a sequence: first, last, mean, max
     initializer_range: float = 0.02  # standard deviation; / sqrt(2 num_layers) for what writes to the residual
     dtype: str = "float32"  # of the parameters
-    compute_dtype: str = "float32"  # of activations and matrix products (which accumulate in float32)
+    compute_dtype: str = "float32"  # of activations and products (summed in float32); auto: see activation_dtype
     attention: str = "auto"  # implementation, see lmx.nn.dot_product
     remat: str = "full"  # what the backward pass recomputes: none, dots (all but matrix products) or full
 
@@ -196,6 +198,14 @@ class Config:
         elif self.head_norm:
             raise ConfigError("head_norm is of the head's hidden layer, which head_activation gives it: set both")
 
+    @property
+    def activation_dtype(self) -> str:
+        """The compute dtype in force. "auto" is the dtype of the parameters, and float32 on a CPU, where narrower
+        products are slower: it is decided where the model is used, not where it was read or saved."""
+        if self.compute_dtype != AUTO:
+            return self.compute_dtype
+        return "float32" if sharding.platform() == "cpu" else self.dtype
+
     def kind(self, layer: int) -> str:
         """The kind of a layer, by its number."""
         return self.layer_pattern[layer % len(self.layer_pattern)]
@@ -253,6 +263,18 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ConfigError(f"{name} {value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}")
 
 
+def _dtype(name: str, value: Any) -> str:
+    """The name of a dtype, or of what is to be decided where the model is used."""
+    if name == "compute_dtype" and isinstance(value, str) and value == AUTO:
+        return value
+    try:
+        value = jnp.dtype(value).name
+    except TypeError as error:
+        raise ConfigError(f"{name} {value!r} is not a dtype; try float32 or bfloat16") from error
+    _check_choice(name, value, (*DTYPES, AUTO) if name == "compute_dtype" else DTYPES)
+    return value
+
+
 def _pairs(scaling: Any) -> tuple:
     """rope_scaling in one order. Raises ConfigError for what is no pairs of names and values, or no scaling."""
     try:
@@ -273,13 +295,7 @@ def _tuples(value: Any) -> Any:
 def _canonical(name: str, value: Any) -> Any:
     """A hashable Python value for a field, or ConfigError."""
     if name in ("dtype", "compute_dtype"):
-        try:
-            value = jnp.dtype(value).name
-        except TypeError as error:
-            raise ConfigError(f"{name} {value!r} is not a dtype; try float32 or bfloat16") from error
-        if value not in DTYPES:
-            raise ConfigError(f"{name} must be float32 or bfloat16, not {value}")
-        return value
+        return _dtype(name, value)
     if isinstance(value, tuple):
         return tuple(_canonical(name, item) for item in value)
     if isinstance(value, np.generic):

@@ -93,7 +93,7 @@ def _cache(model: Model, length: int) -> int:
         return 0
     copies = 1 if model.params.encoder is None else 2  # beside it the keys and values of as long a source
     numbers = 2 * copies * decoder.layers.num_layers * decoder.repeats * c.num_kv_heads * c.head_dim * length
-    return numbers * jnp.dtype(c.compute_dtype).itemsize
+    return numbers * jnp.dtype(c.activation_dtype).itemsize
 
 
 def _unread(model: Model) -> int:

@@ -7,35 +7,30 @@ A folder holds
                        `model.safetensors.index.json`
   tokenizer files      if a tokenizer was given
 
-A folder is complete or absent (lmx.core.atomic).
+A folder is complete or absent (lmx.models.publishing).
 """
 
 from __future__ import annotations
 
-import collections
 import importlib.metadata
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from lmx.core import atomic
-from lmx.core.arrays import nbytes, open_arrays, write_arrays
+from lmx.core.arrays import open_arrays
 from lmx.core.errors import FolderError
 from lmx.models import structure
+from lmx.models.publishing import CONFIG, INDEX, STRUCTURE, local, publish, whole
 
 VERSION = 1
-# The endings of the files of models and tokenizers in Hugging Face's format.
-OF_A_MODEL = (".json", ".safetensors", ".jinja", ".txt", ".model", ".spm", ".md")
-STRUCTURE, CONFIG, INDEX = "structure.json", "config.json", "model.safetensors.index.json"
 
 
 def save(
@@ -55,7 +50,8 @@ def save(
       model: a tree of nodes, tuples, lists, dicts, None and arrays.
       folder: a local path; it must not exist, or be empty, unless `overwrite`.
       tokenizer: anything with `save(folder)`; its files go into the same folder.
-      overwrite: replace a model folder that is there, everything in it, once the new one is complete.
+      overwrite: replace a model that is there, once the new one is complete: the files of lmx's and Hugging Face's
+        format, a tokenizer's among them. What else is in the folder stays.
       notes: JSON data kept in structure.json, such as how the model was made.
       max_file_bytes: arrays are spread over several files of at most this size (a larger array has its own).
 
@@ -63,55 +59,11 @@ def save(
       FolderError: the folder is taken or cannot be written, or a part of the model cannot be held.
         What was there before is untouched then, and nothing half-written stays.
     """
-    target = _local(folder)
+    target = local(folder)
     description, arrays = structure.describe(model)
     arrays = dict(sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize))  # all aligned
     fetched = (whole(array) for array in arrays.values())
     publish(target, arrays, fetched, _texts(description, notes), tokenizer, overwrite, max_file_bytes)
-
-
-def publish(
-    folder: str | os.PathLike,
-    arrays: dict[str, Any],
-    fetched: Iterator[np.ndarray],
-    texts: dict[str, str],
-    tokenizer: Any,
-    overwrite: bool,
-    max_file_bytes: int,
-    names: tuple[str, str] = ("model", CONFIG),
-) -> None:
-    """Write a folder of arrays and texts that is complete or absent; every process calls it, process 0 writes.
-
-    arrays: name -> shape and dtype; fetched: their values, one by one in that order, taken by every process; texts:
-    file name -> what it says; names: of the files of arrays, without their ending, and of the text beside them by which
-    a folder of this kind is known when it is to be replaced. The rest, and what is raised, as in `save`.
-    """
-    target = _local(folder)
-    leader, error = jax.process_index() == 0, None
-    scratch = None
-    try:
-        if leader:
-            _check_target(target, overwrite, *names)
-            scratch = atomic.make_scratch(target)
-    except Exception as caught:
-        error = caught
-    _agree(error, target)
-    try:
-        if leader:
-            _write_arrays(scratch, arrays, fetched, max_file_bytes, names[0])
-            for name, text in texts.items():
-                (scratch / name).write_text(text, encoding="utf-8")
-            if tokenizer is not None:
-                tokenizer.save(scratch)
-            atomic.put(scratch, target)
-    except Exception as caught:
-        error = caught
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-    if jax.process_count() > 1:  # followers, and a leader that failed, still take part in every gather
-        collections.deque(fetched, maxlen=0)
-    _agree(error, target)
 
 
 def load(
@@ -134,7 +86,7 @@ def load(
     Raises:
       FolderError: not a folder of this format, damaged, incomplete, or written by a newer lmx.
     """
-    path = _local(folder)
+    path = local(folder)
     description = _read_structure(path)
     stored = _read_arrays(path)
     _compare(path, structure.shapes(description), stored)
@@ -158,13 +110,7 @@ def load(
 def load_shapes(folder: str | os.PathLike) -> Any:
     """The model in a folder with a `jax.ShapeDtypeStruct` for every array; none is read. Raises FolderError."""
     leaf = lambda name, shape, dtype: jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype))  # noqa: E731
-    return structure.rebuild(_read_structure(_local(folder)), leaf)
-
-
-def _local(folder: str | os.PathLike) -> Path:
-    if "://" in os.fspath(folder):
-        raise FolderError(f"{os.fspath(folder)} is no local path; save and load locally, and copy the folder")
-    return Path(folder).expanduser().resolve()
+    return structure.rebuild(_read_structure(local(folder)), leaf)
 
 
 def _texts(description: Any, notes: dict | None) -> dict[str, str]:
@@ -188,67 +134,6 @@ def _lmx_version() -> str:
         return importlib.metadata.version("lmx")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that was not installed
         return "unknown"
-
-
-def _check_target(target: Path, overwrite: bool, stem: str, about: str) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not target.is_dir():
-        raise FolderError(f"{target} is a file; a model needs a folder")
-    if not overwrite:
-        raise FolderError(
-            f"{target} exists; choose another folder, or replace it by overwrite=True (--overwrite)"
-        )
-    weights = any((target / f"{stem}.safetensors{end}").exists() for end in ("", ".index.json"))
-    if not (target / STRUCTURE).exists() and not (weights and (target / about).exists()):
-        raise FolderError(
-            f"{target} holds no model of lmx (no {STRUCTURE}) nor of Hugging Face, so it is not overwritten; remove it "
-            "by hand"
-        )
-    strange = sorted(entry.name for entry in target.iterdir() if entry.is_dir() or entry.suffix not in OF_A_MODEL)
-    if strange and not (target / STRUCTURE).exists():
-        raise FolderError(
-            f"{target} also holds {', '.join(strange[:5])}, which replacing the model would remove: move that away, "
-            "or choose another folder"
-        )
-
-
-def _agree(error: Exception | None, target: Path) -> None:
-    """Raise the leader's error in every process, so that none waits for the others."""
-    failed = error is not None
-    if jax.process_count() > 1:
-        failed = bool(multihost_utils.broadcast_one_to_all(np.int32(failed)))
-    if isinstance(error, OSError) and not isinstance(error, FolderError):
-        raise FolderError(f"could not write {target}: {error}; nothing half-written was left") from error
-    if error is not None:
-        raise error
-    if failed:
-        raise FolderError(f"process 0 could not save {target}; its message says why")
-
-
-def whole(array: Any) -> np.ndarray:
-    """All values of an array in the memory of this process (a collective for arrays of several processes)."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
-
-
-def _write_arrays(folder: Path, arrays: dict, fetched: Iterator[np.ndarray], max_bytes: int, stem: str) -> None:
-    files, room = [{}], max_bytes
-    for name, array in arrays.items():
-        if files[-1] and nbytes(array) > room:
-            files, room = [*files, {}], max_bytes
-        files[-1][name] = array
-        room -= nbytes(array)
-    index = {}
-    for i, part in enumerate(files, start=1):
-        file = f"{stem}.safetensors" if len(files) == 1 else f"{stem}-{i:05d}-of-{len(files):05d}.safetensors"
-        index |= dict.fromkeys(part, file)
-        write_arrays(folder / file, part, lambda _: next(fetched))
-    if len(files) > 1:
-        total = sum(nbytes(array) for array in arrays.values())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
-        (folder / f"{stem}.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _read_structure(path: Path) -> Any:

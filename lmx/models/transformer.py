@@ -18,7 +18,7 @@ from lmx.models import blocks, cache
 from lmx.models.blocks import Block, Tower  # noqa: F401  (a model's parts, for those who build one)
 from lmx.models.cache import DecodeState
 from lmx.models.conditional import Conditional
-from lmx.models.config import Config
+from lmx.models.config import DTYPES, Config
 from lmx.models.protocol import score_in_chunks
 from lmx.nn import embed, heads, norm, position
 from lmx.nn.heads import Head, Readout
@@ -95,6 +95,14 @@ def memory_mask(tokens: jax.Array, segment_ids: Any, memory_segments: Any) -> ja
 def init(config: Config, key: jax.Array) -> Model:
     """A new model, its parameters drawn by one jitted function and sharded from birth on the mesh in force."""
     return Model(config, specs.init(abstract(config), key))
+
+
+def retyped(tree: Any, dtype: Any) -> Any:
+    """A tree of models whose parameters were cast to a dtype (None: they were not), with that in their configs."""
+    if dtype is None or jnp.dtype(dtype).name not in DTYPES:
+        return tree
+    one = lambda x: x.replace(config=x.config.replace(dtype=dtype)) if isinstance(x, Model) else x  # noqa: E731
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Model))
 
 
 def model_specs(model: Model) -> Params:
@@ -194,7 +202,7 @@ class Model:
         c, p = self.config, self.params
         own = p.encoder_embed if name == "encoder" and p.encoder_embed is not None else p.embed
         table = p.embed.tokens if own.tokens is None else own.tokens
-        x = weights.take(tokens, table).astype(c.compute_dtype)
+        x = weights.take(tokens, table).astype(c.activation_dtype)
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         x = embed.add_types(own, x, types)

@@ -131,4 +131,4 @@ def _read(path: Any, dtype: Any) -> Any:
         return array.astype(asked)
 
     read = [cast(array, leaf) for array, leaf in zip(arrays.values(), jax.tree.leaves(model), strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(model), read)
+    return transformer.retyped(jax.tree.unflatten(jax.tree.structure(model), read), dtype)

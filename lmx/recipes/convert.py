@@ -14,9 +14,8 @@ from lmx.core import hub, specs
 from lmx.core.errors import ConfigError, nearest
 from lmx.hf import files
 from lmx.hf.library import FORMATS
+from lmx.models.config import DTYPES
 from lmx.recipes import checkpointed, models
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class ConvertOptions:
     to: str | None = None
     """The format to write, hf or lmx; by default the one that the source is not in."""
     dtype: str | None = None
-    """Of the weights: float32, bfloat16 or float16; as they are by default (float16 becomes float32)."""
+    """Of the weights: float32, bfloat16 or float16; as they are stored by default."""
     like: str | None = None
     """For hf: a family such as mistral, or a folder with a config.json to follow; by default the one it came from."""
     overwrite: bool = False
@@ -67,8 +66,6 @@ def run(options: ConvertOptions) -> dict[str, Any]:
     if to == "hf":
         hf.save(model, target, tokenizer=tokenizer, overwrite=o.overwrite, format="hf", like=o.like or origin)
     else:
-        if foreign:  # the machine that converts does not decide in what those compute that read the folder
-            model = model.replace(config=model.config.replace(compute_dtype=model.config.dtype))
         notes = None if origin is None else {files.NOTES: origin}
         hf.save(model, target, tokenizer=tokenizer, overwrite=o.overwrite, notes=notes)
     return {

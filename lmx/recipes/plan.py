@@ -11,6 +11,7 @@ from rich.console import Console
 from lmx.core.errors import ConfigError, nearest
 from lmx.core.topology import Target, target
 from lmx.models import cost
+from lmx.models.config import AUTO
 from lmx.models.transformer import Model
 from lmx.nn import dot_product, kernels
 from lmx.recipes.planning import programs, roofline, search
@@ -110,6 +111,9 @@ def _work(o: PlanOptions, hardware: Target) -> tuple[Work, Model, bool]:
     given = {k: v for k in ("remat", "compute_dtype", "attention") if (v := getattr(o, k)) is not None}
     fell_back = False
     model = programs.source(o.model, given)()
+    if model.config.compute_dtype == AUTO:  # all of this hardware computes in the dtype of the parameters then
+        given["compute_dtype"] = model.config.dtype
+        model = programs.source(o.model, given)()
     if model.config.attention == "auto":
         given["attention"], fell_back = ("reference", False) if o.decode else _attention(model, hardware, o.length)
         model = programs.source(o.model, given)()

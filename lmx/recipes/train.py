@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
@@ -20,7 +21,7 @@ from lmx.core import sharding, specs
 from lmx.core.errors import Stopped
 from lmx.data.stepwise import Stepwise
 from lmx.hf import files
-from lmx.models import cost, library, transformer, unigram
+from lmx.models import cost, folders, transformer, unigram
 from lmx.models.presets import preset
 from lmx.recipes import checkpointed, models, objectives, rows
 from lmx.recipes import corpus as texts
@@ -103,12 +104,25 @@ def _model(options: TrainOptions, corpus: Corpus, abstract: bool) -> Any:
     if options.init is not None:
         model = models.load_shapes(options.init) if abstract else models.load_model(options.init)
         data.check_fits(corpus.tokenizer, model.vocab_size)
-        return model.replace(config=model.config.replace(**changes))
+        return _widened(model.replace(config=model.config.replace(**changes)))
     changes |= {"architecture": objectives.kind(options.objective).architecture}
     config = preset(options.model, vocab_size=corpus.tokenizer.vocab_size, **changes)
     if abstract:
         return transformer.Model(config, specs.shapes(transformer.abstract(config)))
     return transformer.init(config, jax.random.key(options.seed))
+
+
+def _widened(model: transformer.Model) -> transformer.Model:
+    """float16 parameters, or their shapes, in float32: gradients and updates leave the range of the former."""
+    if model.config.dtype != "float16":
+        return model
+
+    def widen(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+        return x.astype(jnp.float32)
+
+    return transformer.retyped(jax.tree.map(widen, model), jnp.float32)
 
 
 def _fit(
@@ -215,7 +229,7 @@ def _finish(
     if its_files is None and options.objective == "chat":
         its_files = files.TokenizerFiles(folder / "data" / "tokenizer")
     kept = notes if origin is None else notes | {files.NOTES: origin}
-    library.save(model, folder / "model", tokenizer=its_files or corpus.tokenizer, overwrite=True, notes=kept)
+    folders.save(model, folder / "model", tokenizer=its_files or corpus.tokenizer, overwrite=True, notes=kept)
 
     def show() -> dict[str, Any]:
         bits = found.get("bits_per_byte")
@@ -240,7 +254,7 @@ def _measure_text(
             model, corpus.tokenizer, "", max_new_tokens=min(200, options.length - 1), temperature=0.8, top_p=0.95,
             key=jax.random.key(options.seed),
         )[0]  # fmt: skip
-    library.save(baseline, folder / "unigram", tokenizer=corpus.tokenizer, overwrite=True, notes=notes)
+    folders.save(baseline, folder / "unigram", tokenizer=corpus.tokenizer, overwrite=True, notes=notes)
     return {"bits_per_byte": bits, "references": {"unigram": reference, "lzma": corpus.lzma}, "sample": sample}
 
 

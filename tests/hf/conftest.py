@@ -242,7 +242,7 @@ def defaults():
 
 TINY = {
     "vocab_size": 40, "num_layers": 3, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 32,
-    "tie_embeddings": False,
+    "tie_embeddings": False, "compute_dtype": "auto",
 }  # fmt: skip
 
 

@@ -249,6 +249,13 @@ def given(tmp_path):
     return tmp_path / "a"
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_updates_have_the_dtype_they_are_stored_in(tiny, given, dtype):
+    rewrite(given, lambda arrays: arrays.update({name: x.astype(jnp.dtype(dtype)) for name, x in arrays.items()}))
+    up = load_adapter(tiny, given).params.decoder.layers.stacks[0][0].mlp.up
+    assert up.lora_a.dtype == up.lora_b.dtype == dtype and up.base.dtype == "float32"
+
+
 @pytest.mark.parametrize(("fields", "said"), [
     ({"use_dora": True}, "use_dora True: DoRA scales each output.*merge_and_unload"),
     ({"peft_type": "IA3"}, "peft_type 'IA3'; lmx reads LORA"),

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import lmx
 from lmx import hf
-from lmx.core import specs, tree
+from lmx.core import sharding, specs, tree
 from lmx.core.arrays import open_arrays, write_arrays
 from lmx.core.errors import ConfigError, FolderError
 from lmx.core.kinds import LowRank
@@ -68,7 +69,8 @@ def test_a_tied_head_that_is_stored(made, tiny, tmp_path, both):
     ("stored", "asked", "got"),
     [
         ("bfloat16", None, "bfloat16"),
-        ("float16", None, "float32"),
+        ("float16", None, "float16"),
+        ("float32", None, "float32"),
         ("float16", "float16", "float16"),
         ("float32", "bfloat16", "bfloat16"),
         ("bfloat16", "float32", "float32"),
@@ -84,8 +86,57 @@ def test_dtypes(tiny, tmp_path, stored, asked, got):
     leaves = jax.tree.leaves(model)
     assert {str(x.dtype) for x in leaves} == {got}
     assert all((x == y.astype(got)).all() for x, y in zip(leaves, jax.tree.leaves(wanted), strict=True))
-    assert model.config.dtype == ("float32" if got == "float16" else got)
+    assert model.config.dtype == got and model.config.compute_dtype == "auto"
     assert specs.count(model.specs()) == specs.count(model)
+    if asked is None:
+        assert {x.dtype for x in jax.tree.leaves(hf.load_shapes(tmp_path / "m"))} == {jnp.dtype(stored)}
+        hf.save(model, tmp_path / "again", format="hf")
+        assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "m" / WEIGHTS).read_bytes()
+
+
+def test_leaves_of_several_dtypes_stay_as_they_are(tiny, tmp_path):
+    mixed = tree.map(lambda x: x.astype(jnp.float16), tiny, "mlp/|head")
+    hf.save(mixed, tmp_path / "m", format="hf")
+    assert {x.dtype.name for x in open_arrays(tmp_path / "m" / WEIGHTS).values()} == {"float16", "float32"}
+    model = hf.load(tmp_path / "m")
+    assert jax.tree.map(lambda x: x.dtype, model.params) == jax.tree.map(lambda x: x.dtype, mixed.params)
+    hf.save(model, tmp_path / "again", format="hf")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "m" / WEIGHTS).read_bytes()
+
+
+def tpu_mesh() -> AbstractMesh:
+    """Devices that are not here, for programs that are only traced."""
+    chip = AbstractDevice("TPU v5 lite", 1, "tpu")
+    return AbstractMesh((1,), ("fsdp",), axis_types=(AxisType.Explicit,), abstract_device=chip)
+
+
+def test_where_it_is_used_decides_what_it_computes_in(tiny, tmp_path):
+    """A bfloat16 model that was read and saved on a CPU computes in bfloat16 on an accelerator, and here in float32."""
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny)
+    hf.save(half, tmp_path / "theirs", format="hf")
+    hf.save(hf.load(tmp_path / "theirs"), tmp_path / "ours")
+    tokens = jnp.arange(8)[None]
+    for model in (hf.load(tmp_path / "theirs"), hf.load(tmp_path / "ours")):
+        assert model.features(tokens).dtype == jnp.float32
+        with sharding.use_mesh(tpu_mesh()):
+            assert model.config.activation_dtype == "bfloat16"
+            assert jax.eval_shape(lambda m: m.features(tokens), model).dtype == jnp.bfloat16
+            assert jax.eval_shape(lambda m: m.start(1, 4), model).caches[0].key.dtype == jnp.bfloat16
+    wide = hf.load(tmp_path / "ours", dtype="float32")
+    with sharding.use_mesh(tpu_mesh()):
+        assert wide.config.activation_dtype == "float32"
+
+
+def test_float16_models_compute(tiny):
+    """On a CPU as in float32; asked to, in float16."""
+    half = jax.tree.map(lambda x: (0.3 * x).astype(jnp.float16), tiny)
+    half = half.replace(config=half.config.replace(dtype="float16", compute_dtype="auto"))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    tokens = jnp.arange(8)[None]
+    np.testing.assert_array_equal(half.logits(tokens), wide.logits(tokens))
+    narrow = half.replace(config=half.config.replace(compute_dtype="float16"))
+    assert narrow.features(tokens).dtype == jnp.float16
+    np.testing.assert_allclose(narrow.logits(tokens), wide.logits(tokens), atol=2e-2)
 
 
 def test_several_files(tiny, tmp_path):
@@ -211,12 +262,26 @@ def test_what_is_there_is_not_overwritten(tiny, folder, tmp_path):
     (tmp_path / "other" / "letters.txt").write_text("dear")
     with pytest.raises(FolderError, match="not overwritten"):
         hf.save(tiny, tmp_path / "other", format="hf", overwrite=True)
+
+
+def test_overwriting_replaces_the_files_of_the_format_and_no_others(made, tiny, folder):
+    hf.save(tiny, folder, format="hf", overwrite=True, max_file_bytes=10_000, tokenizer=lmx.data.byte_tokenizer())
     (folder / ".git").mkdir()
-    with pytest.raises(FolderError, match="also holds .git, which replacing the model would remove"):
-        hf.save(tiny, folder, overwrite=True)
-    (folder / ".git").rmdir()
-    hf.save(tiny, folder, overwrite=True)  # in lmx's own format
-    assert same(hf.load(folder), tiny)
+    (folder / ".git" / "HEAD").write_text("ref: main")
+    strange = {"README.md": "card", "notes.json": "{}", "thesis.tex": "years of work", "weights.safetensors": "mine"}
+    for name, text in strange.items():
+        (folder / name).write_text(text)
+    (folder / "link").symlink_to("nowhere")
+    for options in ({"format": "hf"}, {}, {"format": "hf"}):
+        other = made(tiny.config.replace(rope_theta=77.0))
+        hf.save(other, folder, overwrite=True, **options)
+        assert same(hf.load(folder), other)
+        owned = {"config.json", WEIGHTS} | ({"generation_config.json"} & {p.name for p in folder.iterdir()})
+        owned |= {"structure.json"} if not options else set()
+        assert {p.name for p in folder.iterdir()} == {*owned, ".git", "link", *strange}
+    assert {name: (folder / name).read_text() for name in strange} == strange
+    assert (folder / ".git" / "HEAD").read_text() == "ref: main" and (folder / "link").is_symlink()
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
 def test_options_that_contradict_each_other(tiny, folder, tmp_path):

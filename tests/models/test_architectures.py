@@ -9,7 +9,7 @@ import pytest
 
 from lmx.core import sharding, specs, tree
 from lmx.core.errors import ConfigError
-from lmx.models import library, stacks, transformer
+from lmx.models import forward, stacks, transformer
 from lmx.models.config import Config
 from lmx.models.protocol import LanguageModel
 from lmx.models.transformer import Model, model_specs
@@ -232,11 +232,11 @@ def test_what_a_model_cannot_do(models):
 def test_the_facade_reads_every_head(models):
     given = {"encoder_tokens": SOURCE, "encoder_segment_ids": REAL}
     wanted = models["bart"].logits(TOKENS, **given)
-    np.testing.assert_array_equal(library.logits(models["bart"], TOKENS, **given), wanted)
+    np.testing.assert_array_equal(forward.logits(models["bart"], TOKENS, **given), wanted)
     np.testing.assert_array_equal(
-        library.encode(models["bert"], TOKENS, types=TOKENS % 2), models["bert"].features(TOKENS, types=TOKENS % 2)
+        forward.encode(models["bert"], TOKENS, types=TOKENS % 2), models["bert"].features(TOKENS, types=TOKENS % 2)
     )
     labels = make(Config(**SHAPE, head="sequence", num_labels=3, pool="last"))
     ids = jnp.asarray(np.arange(12) < np.array([[12], [4], [7], [1]]), jnp.int32)
     wanted = labels.logits(TOKENS, segment_ids=ids)
-    np.testing.assert_array_equal(library.logits(labels, TOKENS, segment_ids=ids), wanted)
+    np.testing.assert_array_equal(forward.logits(labels, TOKENS, segment_ids=ids), wanted)

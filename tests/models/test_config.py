@@ -103,7 +103,9 @@ def test_replace_checks_and_lets_heads_follow():
         (dict(type_vocab_size=-1), "type_vocab_size must be a whole number, 0 or above, not -1"),
         (dict(activation="swiglo"), "activation 'swiglo' is none of gelu, .*did you mean 'swiglu'"),
         (dict(remat="ful"), "remat 'ful' is none of none, dots, full; did you mean 'full'"),
-        (dict(dtype="int8"), "dtype must be float32 or bfloat16, not int8"),
+        (dict(dtype="int8"), "dtype 'int8' is none of float32, bfloat16, float16"),
+        (dict(dtype="auto"), "dtype 'auto' is not a dtype"),
+        (dict(compute_dtype="int8"), "compute_dtype 'int8' is none of float32, bfloat16, float16, auto"),
         (dict(compute_dtype="floaty"), "compute_dtype 'floaty' is not a dtype; try float32 or bfloat16"),
     ],
 )

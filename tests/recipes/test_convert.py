@@ -88,8 +88,15 @@ def test_a_tuned_model_goes_back_as_it_came(source, tmp_path, capsys):
     options = {"--data": tmp_path / "text", "--steps": 2, "--batch-size": 2, "--length": 16, "--output": run}
     result(capsys, "train", "--init", source, *(word for pair in options.items() for word in pair))
     told = result(capsys, "convert", run, tmp_path / "back")
-    assert told["architecture"] == "mistral" and set(CARRIED) <= set(told["files"])
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["made_by"] == "somebody"
+    assert told["architecture"] == "mistral"
+    names = {file.name for file in source.iterdir()}
+    assert set(told["files"]) == names and set(CARRIED) < names
+    for name in names - {"config.json", "model.safetensors"}:
+        assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
+    read = lambda folder: json.loads((folder / "config.json").read_text())  # noqa: E731
+    assert read(tmp_path / "back") == read(source)
+    before, after = (open_arrays(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
+    assert before.keys() == after.keys() and any((before[name] != after[name]).any() for name in before)
 
 
 @pytest.mark.parametrize(

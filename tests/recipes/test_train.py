@@ -7,6 +7,7 @@ import io
 import os
 import random
 import signal
+import types
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from rich.console import Console
 
 import lmx
+from lmx.data import byte_tokenizer
 from lmx.recipes import describe, evaluate, generate, train
 from lmx.recipes.describe import DescribeOptions
 from lmx.recipes.evaluate import EvalOptions
@@ -102,6 +104,19 @@ def test_sigterm_after_a_stop_changes_nothing(text, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Checkpoints, "close", late)
     result = train.run(tiny(text, tmp_path / "run", steps=5), Console(file=io.StringIO()))
     assert result["stopped"] and result["step"] == 1
+
+
+def test_float16_is_trained_in_float32(tmp_path):
+    tokenizer = byte_tokenizer()
+    config = lmx.preset("llama-tiny", vocab_size=257, num_layers=1, dtype="float16")
+    lmx.save(lmx.init(config, jax.random.key(0)), tmp_path / "theirs", format="hf", tokenizer=tokenizer)
+    options, corpus = TrainOptions(init=str(tmp_path / "theirs")), types.SimpleNamespace(tokenizer=tokenizer)
+    made, shapes = (train._model(options, corpus, abstract=abstract) for abstract in (False, True))
+    for model in (made, shapes):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {model.config.dtype} == {"float32"}
+    stored = lmx.load(tmp_path / "theirs")
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.float32(y)), made.params, stored.params)
+    assert stored.config.dtype == "float16" and jax.tree.structure(made) == jax.tree.structure(shapes)
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ import pytest
 from lmx.core import specs, tree, weights
 from lmx.core.kinds import LoRA, LowRank
 from lmx.decode import generate
+from lmx.hf import library
 from lmx.losses import cross_entropy
-from lmx.models import library, stacks
+from lmx.models import stacks
 from lmx.models.transformer import Model
 from lmx.train import adamw, make_train_step, start
 

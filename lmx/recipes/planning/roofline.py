@@ -119,7 +119,7 @@ def local(model: Model, sizes: dict[str, int], batch_size: float, length: int) -
         layers=layers,
         products=_products((p.decoder, head), sizes),
         again=of_layers - _products(_last_of_blocks(p), sizes),
-        width=jnp.dtype(c.compute_dtype).itemsize,
+        width=jnp.dtype(c.activation_dtype).itemsize,
         residual=c.hidden_size,
         kept=max(0, of_layers.outputs - 2 * layers * c.hidden_size),
         scores=layers * length * c.num_heads / (tensor if c.num_heads % tensor == 0 else 1),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lmx.core import sharding, specs
-from lmx.models import library, transformer
+from lmx.hf import library
+from lmx.models import forward, transformer
 from lmx.models.presets import preset
 
 
@@ -44,6 +45,6 @@ def test_shapes_say_where_a_load_would_put_what(saved):
 def test_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16(saved):
     model, _ = saved
     low = model.replace(config=model.config.replace(compute_dtype="bfloat16"))
-    logits = library.logits(low, jnp.arange(64)[None])
+    logits = forward.logits(low, jnp.arange(64)[None])
     assert logits.dtype == jnp.float32
     assert not np.array_equal(logits, logits.astype(jnp.bfloat16).astype(jnp.float32))

@@ -1,0 +1,33 @@
+"""What a model makes of tokens, as a user calls it: `lmx.logits` and `lmx.encode`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from lmx.models.protocol import LanguageModel
+
+
+def logits(
+    model: LanguageModel, tokens: jax.Array, *, segment_ids=None, positions=None, types=None, encoder_tokens=None,
+    encoder_segment_ids=None,
+) -> jax.Array:  # fmt: skip
+    """(b, t) -> (b, t, v) float32, up to a constant a position: `jax.nn.log_softmax` makes them log-probabilities.
+
+    Of a model with a head for classes or vectors, what `Model.logits` says. segment_ids (b, t): tokens see only their
+    own segment (0 is padding); positions (b, t): counted from each segment's start by default; types (b, t): of tokens;
+    encoder_tokens (b, s) and encoder_segment_ids (b, s): what the encoder of an encoder-decoder reads.
+    Raises ConfigError if t exceeds the model's learned positions, or for arguments that the model has no use for.
+    """
+    given = {"positions": positions, "types": types, "encoder_tokens": encoder_tokens}
+    features = encode(model, tokens, segment_ids=segment_ids, encoder_segment_ids=encoder_segment_ids, **given)
+    if hasattr(model, "read"):
+        return model.read(features, segment_ids)
+    return model.readout().logits(features)
+
+
+def encode(model: LanguageModel, tokens: jax.Array, *, segment_ids=None, positions=None, **given: Any) -> jax.Array:
+    """(b, t) -> (b, t, d): the vectors that the model's head reads. The arguments are those of `logits`."""
+    given = {name: value for name, value in given.items() if value is not None}
+    return model.features(tokens, segment_ids=segment_ids, positions=positions, **given)
