@@ -64,13 +64,14 @@ _encoded = jax.jit(lambda model, tokens, segment_ids: model.encoded(tokens, segm
 
 
 def check(
-    model: LanguageModel, tokens: Any, lengths: Any, max_new_tokens: int, request: Request, *, ahead: int = 0
+    model: LanguageModel, tokens: Any, lengths: Any, max_new_tokens: int, request: Request, *, drafted: int = 0
 ) -> tuple[Array, Array | None]:
     """The prompt as arrays, tokens (b, t) and lengths (b,) or None; raises what `generate` says it raises.
 
-    Columns that hold only padding are cut off where the model would have no room for them. `ahead`: positions that
-    a draft needs beyond the new tokens.
+    Columns that hold only padding are cut off where the model would have no room for them. `drafted`: how
+    many tokens a draft proposes at a time, all but one of which need room beyond the new tokens.
     """
+    ahead = max(0, drafted - 1)
     if isinstance(max_new_tokens, bool) or not hasattr(max_new_tokens, "__index__") or max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number, 1 or above")
     if not request.sampling.greedy and request.key is None:
@@ -99,8 +100,27 @@ def check(
         )
     if limit is not None:
         tokens = tokens[:, : limit - max_new_tokens - ahead]
+    if getattr(model, "stretch", None) is not None:
+        _check_stretch(*model.stretch, longest, max_new_tokens, drafted)
+        tokens = tokens[:, :longest]  # padding would count as text
     lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
     return jnp.asarray(tokens, jnp.int32), lengths
+
+
+def _check_stretch(kind: str, length: int, longest: int, max_new_tokens: int, drafted: int) -> None:
+    """Raise ConfigError where what is cached would not fit what follows (`lmx.nn.position.frequencies`)."""
+    end = longest + max_new_tokens - 1 + drafted  # the last new token is not read
+    if kind == "longrope" and longest <= length < end:
+        raise ConfigError(
+            f"this model turns positions otherwise in texts of more than {length} tokens (longrope), and a prompt of "
+            f"{longest} with max_new_tokens={max_new_tokens} grows beyond that: its cached keys would no longer fit. "
+            f"Take max_new_tokens={length - longest + 1 - drafted} at most, and go on with the text so far as prompt"
+        )
+    if kind == "dynamic" and drafted and length < end:
+        raise ConfigError(
+            f"this model turns positions by a text's length beyond {length} tokens (dynamic), and drafted tokens that "
+            "are not kept would count: generate without a draft, or shorten prompt or max_new_tokens"
+        )
 
 
 def _longest(shape: tuple[int, int], lengths: Any) -> int:

@@ -28,7 +28,7 @@ def place_rows(x: Array) -> Array:
 def prefill(
     model: LanguageModel, tokens: Array, lengths: Array | None, room: int
 ) -> tuple[Any, Array, Array]:
-    """Feed prompts (b, t) but for their last tokens, into a state with room for `room` positions.
+    """Feed prompts (b, t) but for their last tokens, into a state with room for `room` positions, at least t.
 
     Returns (the state, the last token of each prompt (b,), the lengths of the prompts (b,)).
     """
@@ -36,9 +36,10 @@ def prefill(
     tokens = place_rows(tokens)
     real = place_rows(jnp.full((b,), t, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32))
     state = model.start(b, room)
+    whole = getattr(model, "stretch", None) is not None  # angles depend on how long prompts are, last tokens included
     if t > 1:
-        _, state = model.step(state, tokens[:, :-1])
-    if t > 1 and lengths is not None:
+        _, state = model.step(state, tokens if whole else tokens[:, :-1])
+    if t > 1 and (whole or lengths is not None):
         state = model.rewind(state, real - 1)
     return state, take_token(tokens, real - 1), real
 

@@ -72,7 +72,7 @@ def speculate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     stop: Sequence[Sequence[int]] = (),
     pad_id: int = 0,
     key: Array | None = None,
@@ -101,7 +101,7 @@ def speculate(
                 f"the draft's vocabulary has {member.vocab_size} tokens, the model's {model.vocab_size}: a draft must "
                 "have the tokenizer and the vocabulary of the model it drafts for; or use PromptLookup"
             )
-        prompts.append(check(member, tokens, lengths, max_new_tokens, request, ahead=k - 1))
+        prompts.append(check(member, tokens, lengths, max_new_tokens, request, drafted=k))
         _check_rewinds(name, member, prompts[-1][0].shape[0])
     shortest = min(prompts, key=lambda prompt: prompt[0].shape[1])  # a limited model cuts columns of padding off
     return _speculate(model, *shortest, draft, request, int(max_new_tokens))

@@ -31,6 +31,10 @@ class Conditional:
     def max_length(self) -> int | None:
         return self.model.max_length
 
+    @property
+    def stretch(self) -> tuple[str, int] | None:
+        return self.model.stretch
+
     def features(self, tokens, *, segment_ids=None, positions=None) -> jax.Array:
         """(b, t) -> (b, t, d): each row given the source of its own row, whatever its segments."""
         real = None if self.segment_ids is None else self.segment_ids != 0

@@ -45,7 +45,10 @@ BOOLS = (
 )  # fmt: skip
 GIVEN = ("vocab_size", "num_layers", "hidden_size", "num_heads", "intermediate_size")
 POSITIVE = (*GIVEN, "num_kv_heads", "head_dim", "relative_buckets", "relative_max_distance", "layer_repeats")
-OPTIONAL_POSITIVE = ("num_encoder_layers", "embedding_size", "window", "rotary_dim", "max_length", "num_labels")
+OF_ENCODERS = {"num_encoder_heads": "num_heads", "encoder_intermediate_size": "intermediate_size"}
+OPTIONAL_POSITIVE = (
+    "num_encoder_layers", *OF_ENCODERS, "embedding_size", "window", "rotary_dim", "max_length", "num_labels",
+)  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO = "auto"  # the compute dtype that suits the backend
 
@@ -66,6 +69,8 @@ class Config:
     intermediate_size: int
     architecture: str = "decoder"  # decoder, encoder or encoder_decoder
     num_encoder_layers: int | None = None  # of an encoder_decoder
+    num_encoder_heads: int | None = None  # of an encoder_decoder, where they are other than the decoder's num_heads
+    encoder_intermediate_size: int | None = None  # likewise
     num_kv_heads: int | None = None
     head_dim: int | None = None
     activation: str = "swiglu"  # a name of lmx.nn.mlp.ACTIVATIONS
@@ -127,6 +132,9 @@ class Config:
         for name in OPTIONAL_POSITIVE:
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
+        for name, decoders in OF_ENCODERS.items():
+            if getattr(self, name) == getattr(self, decoders):
+                object.__setattr__(self, name, None)
         for name in ("type_vocab_size", "position_offset"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be a whole number, 0 or above, not {getattr(self, name)!r}")
@@ -180,11 +188,13 @@ class Config:
                 f"window {self.window} and layer_pattern {self.layer_pattern} contradict each other: "
                 "local layers need a window, and nothing else has one"
             )
-        if self.num_encoder_layers is not None and self.architecture != "encoder_decoder":
-            raise ConfigError(
-                f"num_encoder_layers {self.num_encoder_layers} only means something with "
-                "architecture='encoder_decoder'; num_layers are those of an encoder or a decoder"
-            )
+        for name, alone in {"num_encoder_layers": "num_layers", **OF_ENCODERS}.items():
+            if getattr(self, name) is not None and self.architecture != "encoder_decoder":
+                raise ConfigError(
+                    f"{name} {getattr(self, name)} only means something with architecture='encoder_decoder'; "
+                    f"{alone} is for an encoder or a decoder alone"
+                )
+        self.tower("encoder")  # or it says what is wrong with its sizes
 
     def _check_head(self) -> None:
         labelled = self.head in ("sequence", "tokens")
@@ -198,6 +208,13 @@ class Config:
         elif self.head_norm:
             raise ConfigError("head_norm is of the head's hidden layer, which head_activation gives it: set both")
 
+    def tower(self, name: str) -> Config:
+        """The config of the layers of the "encoder" or the "decoder": the encoder's own sizes stand in their places."""
+        given = {of: getattr(self, own) for own, of in OF_ENCODERS.items() if getattr(self, own) is not None}
+        if name == "decoder" or not given:
+            return self
+        return self.replace(**given, **dict.fromkeys(OF_ENCODERS))
+
     @property
     def activation_dtype(self) -> str:
         """The compute dtype in force. "auto" is the dtype of the parameters, and float32 on a CPU, where narrower
@@ -205,6 +222,14 @@ class Config:
         if self.compute_dtype != AUTO:
             return self.compute_dtype
         return "float32" if sharding.platform() == "cpu" else self.dtype
+
+    @property
+    def stretch(self) -> tuple[str, int] | None:
+        """(kind of scaling, length) where the rotary angles of rows beyond that length depend on the longest row."""
+        scaling = dict(self.rope_scaling or ())
+        if self.position != "rotary" or scaling.get("rope_type") not in position.BY_LENGTH:
+            return None
+        return scaling["rope_type"], scaling["original_max_position_embeddings"]
 
     def kind(self, layer: int) -> str:
         """The kind of a layer, by its number."""

@@ -54,7 +54,9 @@ def attention_flops(model: Model, length: int, *, causal: bool = True) -> int:
     runs = {name: tower.layers.num_layers * tower.repeats for name, tower in towers(model.params).items()}
     if len(runs) == 2:
         runs["cross"] = runs["decoder"]
-    return round(sum(4 * keys[name] * c.num_heads * c.head_dim * n for name, n in runs.items()))
+    size = lambda tower: tower.num_heads * tower.head_dim  # noqa: E731
+    return round(sum(4 * keys[name] * size(c.tower("encoder" if name == "encoder" else "decoder")) * n
+                     for name, n in runs.items()))  # fmt: skip
 
 
 def towers(params: Any) -> dict[str, Any]:

@@ -44,9 +44,14 @@ def abstract(config: Config) -> Params:
         embed=_abstract_embedding(c),
         decoder=None if alone else blocks.abstract_tower(c, c.num_layers, cross=both),
         head=None if c.head == "none" else _abstract_head(c),
-        encoder=blocks.abstract_tower(c, c.num_encoder_layers if both else c.num_layers) if both or alone else None,
+        encoder=_abstract_encoder(c) if both or alone else None,
         encoder_embed=_abstract_embedding(c).replace(tokens=None) if both else None,
     )
+
+
+def _abstract_encoder(c: Config) -> Tower:
+    layers = c.num_encoder_layers if c.architecture == "encoder_decoder" else c.num_layers
+    return blocks.abstract_tower(c.tower("encoder"), layers)
 
 
 def _abstract_embedding(c: Config) -> embed.Embedding:
@@ -109,7 +114,7 @@ def model_specs(model: Model) -> Params:
     """The specs of a model as it is, after any surgery: kinds and shapes from its tree, axes from its config."""
     template, params = abstract(model.config), model.params
     towers = {
-        name: blocks.tower_specs(model.config, getattr(template, name), getattr(params, name))
+        name: blocks.tower_specs(model.config.tower(name), getattr(template, name), getattr(params, name))
         for name in ("decoder", "encoder")
         if getattr(params, name) is not None
     }
@@ -141,6 +146,11 @@ class Model:
     def max_length(self) -> int | None:
         """How many positions it can take, or None for any number."""
         return self.config.max_length
+
+    @property
+    def stretch(self) -> tuple[str, int] | None:
+        """(kind of scaling, length) where the rotary angles of rows beyond that length depend on the longest row."""
+        return self.config.stretch
 
     def features(
         self, tokens, *, segment_ids=None, positions=None, types=None, encoder_tokens=None, encoder_segment_ids=None
@@ -181,7 +191,7 @@ class Model:
     def run_tower(self, name: str, tokens, segment_ids, positions, types, **memory: Any) -> jax.Array:
         """The features of the tower "encoder" or "decoder"; memory: as `blocks.run` takes it."""
         x, about = self.enter_tower(name, tokens, segment_ids, positions, types)
-        return blocks.run(self.config, getattr(self.params, name), x, **about, **memory)
+        return blocks.run(self.config.tower(name), getattr(self.params, name), x, **about, **memory)
 
     def enter_tower(self, name: str, tokens, segment_ids, positions, types) -> tuple[jax.Array, dict[str, Any]]:
         """What the first layer of a tower reads (b, t, d), and what `blocks.run` and `blocks.layer` want to know."""

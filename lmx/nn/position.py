@@ -21,6 +21,7 @@ SCALINGS = {
     "yarn": ("factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
+BY_LENGTH = ("dynamic", "longrope")  # those whose angles depend on the longest row of the batch
 
 
 def check_scaling(scaling: Mapping[str, Any]) -> None:
@@ -55,6 +56,10 @@ def frequencies(width: int, theta: float, scaling: Mapping[str, Any], positions:
     for texts beyond the original length (NTK-aware); "llama3": slow turns divided by `factor`, fast ones kept
     (Grattafiori et al. 2024); "yarn": Peng et al. 2023, section 3; "longrope": a factor for each pair of channels
     (Ding et al. 2024), short or long by the text's length.
+
+    The length of a text for "dynamic" and "longrope" is one more than the largest of all `positions`, those of padding
+    among them, as transformers 5 has it: a row's numbers then depend on what else is in its batch. (transformers'
+    "dynamic" also remembers the longest batch before; here angles are a function of the positions alone.)
     """
     kind = scaling.get("rope_type", "default")
     exponents = np.arange(0, width, 2, dtype=np.float32) / width

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmx.core.errors import ConfigError
 from lmx.hf.families.gpt2 import ACTIVATIONS
 from lmx.hf.families.llama import activation, activation_name
 from lmx.hf.family import Class, Family
@@ -71,16 +70,7 @@ DENSE = (linear("classification_head.dense", "head/hidden"), linear("classificat
 
 
 def read(v: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of Config, without those of positions and of the embedding's norm.
-
-    Raises ConfigError where encoder and decoder differ in more than their number of layers.
-    """
-    for name in ("ffn_dim", "attention_heads"):
-        if v[f"encoder_{name}"] != v[f"decoder_{name}"]:
-            raise ConfigError(
-                f"encoder_{name} {v[f'encoder_{name}']} and decoder_{name} {v[f'decoder_{name}']} differ, and lmx's "
-                "encoder and decoder have layers of one size"
-            )
+    """The arguments of Config, without those of positions and of the embedding's norm."""
     return {
         "architecture": "encoder_decoder",
         "vocab_size": v["vocab_size"],
@@ -89,6 +79,8 @@ def read(v: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_size": v["d_model"],
         "num_heads": v["decoder_attention_heads"],
         "intermediate_size": v["decoder_ffn_dim"],
+        "num_encoder_heads": v["encoder_attention_heads"],
+        "encoder_intermediate_size": v["encoder_ffn_dim"],
         "activation": activation(v["activation_function"], ACTIVATIONS),
         "norm": "layernorm",
         "norm_bias": True,
@@ -104,11 +96,12 @@ def read(v: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(c: Config) -> dict[str, Any]:
     """The inverse of `read`."""
-    towers = {"encoder": c.num_encoder_layers, "decoder": c.num_layers}
-    sizes = {"ffn_dim": c.intermediate_size, "attention_heads": c.num_heads}
+    towers = {name: c.tower(name) for name in ("encoder", "decoder")}
     return {
-        **{f"{tower}_layers": layers for tower, layers in towers.items()},
-        **{f"{tower}_{name}": size for tower in towers for name, size in sizes.items()},
+        "encoder_layers": c.num_encoder_layers,
+        "decoder_layers": c.num_layers,
+        **{f"{name}_ffn_dim": tower.intermediate_size for name, tower in towers.items()},
+        **{f"{name}_attention_heads": tower.num_heads for name, tower in towers.items()},
         "vocab_size": c.vocab_size,
         "d_model": c.hidden_size,
         "activation_function": activation_name(c.activation, ACTIVATIONS),

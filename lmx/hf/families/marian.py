@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmx.hf.families import bart
-from lmx.hf.family import Family
+from lmx.hf.family import Class, Family
 from lmx.hf.tables import Table, ignored
 from lmx.models.config import Config
 
@@ -25,7 +25,7 @@ def _write(c: Config) -> dict[str, Any]:
 
 FAMILY = Family(
     model_type="marian",
-    classes={"MarianMTModel": bart.LM_HEAD},
+    classes={"MarianMTModel": bart.LM_HEAD, "MarianModel": Class("none")},
     defaults=DEFAULTS,
     read=_read,
     write=_write,

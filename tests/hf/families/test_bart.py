@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -38,6 +39,7 @@ WRONG = {
     "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "activation_function": "relu",
     "scale_embedding": True, "tie_word_embeddings": False, "max_position_embeddings": 21,
 }  # fmt: skip
+UNLIKE = {"encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 40}  # than the decoder's
 MARIAN = {"activation_function": "swish", "scale_embedding": True}
 
 
@@ -52,8 +54,9 @@ def test_heads(parity, head):
     parity(f"Bart{head}", BASE | HEADS[head])  # 3 labels where none are named
 
 
-def test_marian(parity):
-    parity("MarianMTModel", BASE | MARIAN)
+@pytest.mark.parametrize("class_name", ["MarianMTModel", "MarianModel"])
+def test_marian(parity, class_name):
+    parity(class_name, BASE | MARIAN)
 
 
 @pytest.mark.parametrize("field", WRONG)
@@ -73,11 +76,19 @@ def test_every_field_is_tested_and_defaults_are_theirs(complete, defaults):
     defaults("marian")
 
 
-@pytest.mark.parametrize("name", ["ffn_dim", "attention_heads"])
-def test_towers_of_different_sizes_are_refused(torch_model, tmp_path, name):
+@pytest.mark.parametrize("class_name", ["BartForConditionalGeneration", "MarianModel"])
+def test_towers_of_different_sizes(parity, class_name):
+    model = parity(class_name, BASE | UNLIKE)
+    c = model.config
+    assert (c.num_layers, c.num_encoder_layers, c.num_heads, c.num_encoder_heads) == (1, 3, 4, 2)
+    assert (c.intermediate_size, c.encoder_intermediate_size) == (24, 40)
+    assert jax.tree.map(lambda spec: spec.shape, model.specs()) == jax.tree.map(lambda x: x.shape, model)
+
+
+def test_an_encoder_whose_heads_do_not_divide_its_width(torch_model, tmp_path):
     config = torch_model("BartForConditionalGeneration", BASE).save(tmp_path) / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {f"encoder_{name}": 8}))
-    with pytest.raises(ConfigError, match=rf"encoder_{name} 8 and decoder_{name} \d+ differ, .* layers of one size"):
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"encoder_attention_heads": 3}))
+    with pytest.raises(ConfigError, match="hidden_size 16 does not divide by num_heads 3"):
         hf.load(tmp_path)
 
 
