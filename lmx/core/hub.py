@@ -16,7 +16,13 @@ from lmx.core.errors import FolderError
 
 PREFIX = "hf:"
 SECONDS = 10.0  # to hear from the hub at all; fetching may then take as long as it takes
-FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # no pickles
+# What is fetched of a model, no pickles, and of its tokenizer alone, with the configs that say how texts end.
+MODEL = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.spm")
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.spm",
+    "spiece.model", "sentencepiece*", "config.json", "generation_config.json",
+)  # fmt: skip
+PROOFS = {MODEL: "*.safetensors", TOKENIZER: "tokenizer.json"}  # what the cache must hold of it to be of use
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -30,17 +36,17 @@ def is_name(text: str | os.PathLike) -> bool:
     return bool(looks) and not Path(text).exists() and not Path(text.split("/")[0]).exists()
 
 
-def folder(text: str | os.PathLike) -> Path:
-    """The folder that a user means: a path as it is, and for a name of the hub the fetched files.
+def folder(text: str | os.PathLike, wanted: tuple[str, ...] = MODEL) -> Path:
+    """The folder that a user means: a path as it is, and for a name of the hub the fetched files (MODEL, TOKENIZER).
 
     Raises FolderError, within seconds, for a name that cannot be fetched.
     """
     text = os.fspath(text)
-    return fetch(text.removeprefix(PREFIX)) if is_name(text) else Path(text).expanduser()
+    return fetch(text.removeprefix(PREFIX), wanted) if is_name(text) else Path(text).expanduser()
 
 
-def fetch(name: str) -> Path:
-    """The files of a model of the hub, fetched unless they are in the cache: configs, safetensors, tokenizers.
+def fetch(name: str, wanted: tuple[str, ...] = MODEL) -> Path:
+    """The files of a model of the hub, all (MODEL) or the TOKENIZER's, fetched unless they are in the cache.
 
     Raises FolderError, within seconds, if it is not cached and there is no package, no network or no such model.
     """
@@ -52,7 +58,7 @@ def fetch(name: str) -> Path:
             f"there is no folder {name!r}; to fetch the model of this name from the Hugging Face hub, install the "
             "package huggingface_hub (pip install 'lmx[hf]')"
         ) from error
-    cached = _cached(huggingface_hub, name)
+    cached = _cached(huggingface_hub, name, wanted)
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return _or_raise(cached, name, "HF_HUB_OFFLINE is set, so it is not asked for")
     answer = _within(SECONDS, lambda: huggingface_hub.HfApi().model_info(name, timeout=SECONDS / 2))
@@ -66,10 +72,10 @@ def fetch(name: str) -> Path:
     if answer is None or isinstance(answer, BaseException):
         return _or_raise(cached, name, "the hub could not be reached; check the network", answer)
     files = [sibling.rfilename for sibling in answer.siblings or ()]
-    if files and not any(file.endswith(".safetensors") for file in files):
+    if wanted == MODEL and files and not any(file.endswith(".safetensors") for file in files):
         raise FolderError(f"the model {name!r} of the Hugging Face hub {only_pickles(files)}")
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(wanted)))
     except Exception as error:  # of whatever package it fetches with
         return _or_raise(None, name, f"fetching it failed ({error})", error)
 
@@ -85,12 +91,12 @@ def only_pickles(files: list[str]) -> str:
     )
 
 
-def _cached(hub: Any, name: str) -> Path | None:
+def _cached(hub: Any, name: str, wanted: tuple[str, ...]) -> Path | None:
     try:
-        place = Path(hub.snapshot_download(name, allow_patterns=list(FILES), local_files_only=True))
+        place = Path(hub.snapshot_download(name, allow_patterns=list(wanted), local_files_only=True))
     except Exception:  # there is nothing usable, whatever the reason
         return None
-    return place if (place / "config.json").exists() else None
+    return place if any(place.glob(PROOFS[wanted])) else None
 
 
 def _or_raise(cached: Path | None, name: str, why: str, cause: Any = None) -> Path:

@@ -22,6 +22,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from lmx.core import hub
 from lmx.core.errors import DataError, FolderError, nearest
+from lmx.models import generation
+from lmx.models.filenames import GENERATION
 
 END_OF_TEXT = "<|endoftext|>"
 KNOWN_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "[SEP]", "<eos>")
@@ -39,14 +41,20 @@ if "TOKENIZERS_PARALLELISM" not in os.environ:
 
 
 class Tokenizer:
-    """Text to ids and back. `eos_token` ends a text; without it the known names are tried."""
+    """Text to ids and back. `eos_token` ends a text; without it the known names are tried.
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_token: str | None = None):
+    eos_ids: the tokens at which a model that generates is to stop, where they are others than that one.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, eos_token: str | None = None, eos_ids: Sequence[int] | None = None
+    ):
         backend.no_truncation()  # a tokenizer.json may ask for either, and both would change the text
         backend.no_padding()
         backend.encode_special_tokens = True
         self.backend = backend
         self.eos_token = _find_eos(backend, eos_token)
+        self.eos_ids = (self.eos_id,) if eos_ids is None else tuple(eos_ids)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -114,7 +122,8 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json (the end of text), as Hugging Face reads them."""
+        """Write tokenizer.json and tokenizer_config.json (the end of text), as Hugging Face reads them, and where
+        others than that end a text generation_config.json, unless one is there."""
         folder = Path(folder)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos_token}
         try:
@@ -123,6 +132,9 @@ class Tokenizer:
             (folder / "tokenizer_config.json").write_text(
                 json.dumps(config, indent=2) + "\n", encoding="utf-8"
             )
+            if self.eos_ids != (self.eos_id,) and not (folder / GENERATION).exists():
+                text = json.dumps({"eos_token_id": list(self.eos_ids)}, indent=2)
+                (folder / GENERATION).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise FolderError(f"cannot write a tokenizer to {str(folder)!r}: {error.strerror}.") from error
 
@@ -169,10 +181,13 @@ def load_tokenizer(where: str | Path, eos_token: str | None = None) -> Tokenizer
     """Load a tokenizer.json, the one in a folder, or that of a model of the hub ("owner/name", "hf:name").
 
     The end of text is `eos_token`, else what tokenizer_config.json beside it says, else the first known name
-    in the vocabulary. Raises FolderError if there is no such file and DataError if it is broken or its end of
-    text unknown.
+    in the vocabulary. Generating stops at the tokens that generation_config.json beside it names, else the config.json
+    that the model came with, else at the end of text; at `eos_token` alone if that is given. Of a model of the hub only
+    the tokenizer's files are fetched.
+
+    Raises FolderError if there is no such file and DataError if it is broken or its end of text unknown.
     """
-    where = hub.folder(where)
+    where = hub.folder(where, hub.TOKENIZER)
     path = where / "tokenizer.json" if where.is_dir() else where
     if not path.is_file():
         raise FolderError(_nothing_there(where))
@@ -183,7 +198,10 @@ def load_tokenizer(where: str | Path, eos_token: str | None = None) -> Tokenizer
             f"{str(path)!r} is not a tokenizer that the tokenizers library reads ({error})."
         ) from error
     try:
-        return Tokenizer(backend, eos_token or _configured_eos(path.parent / "tokenizer_config.json"))
+        if eos_token:
+            return Tokenizer(backend, eos_token)
+        ends = generation.eos_ids(path.parent)
+        return Tokenizer(backend, _configured_eos(path.parent / "tokenizer_config.json"), ends)
     except DataError as error:
         raise DataError(f"{str(path)!r}: {error}") from error
 

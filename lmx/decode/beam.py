@@ -102,8 +102,7 @@ def beam_search(
     Raises ConfigError and DataError as `lmx.decode.generate` does, and for options of the search that cannot be.
     """
     _check_options(num_beams, num_return_sequences, early_stopping, length_penalty)
-    ids = None if eos_id is None else [eos_id] if np.ndim(eos_id) == 0 else list(eos_id)
-    endings = stopping.endings(None, [[i] for i in ids or ()])
+    endings = stopping.endings(eos_id, ())
     tokens, lengths = check(model, tokens, lengths, max_new_tokens, Request(Sampling(), endings, pad_id, None))
     eos_ids = None if endings is None else endings[:, 0]
     options = Options(length_penalty, eos_ids, pad_id, int(num_beams), early_stopping)

@@ -95,7 +95,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     stop: Sequence[Sequence[int]] = (),
     pad_id: int = 0,
     key: Array | None = None,
@@ -111,7 +111,7 @@ def generate(
         `model.given(encoder_tokens, encoder_segment_ids)`.
       temperature: 0 takes the most probable token (greedy), else tokens are drawn with `key`.
       top_k, top_p, min_p, repetition_penalty: see `lmx.decode.sampling`; None leaves one out.
-      eos_id: the token that ends a row.
+      eos_id: the token that ends a row, or several of them.
       stop: token sequences that end a row as soon as its new tokens end with one.
       pad_id: what stands after the end of a row.
 
@@ -166,7 +166,7 @@ def stream(
     lengths: Array | None = None,
     encoder_tokens: Array | None = None,
     encoder_segment_ids: Array | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     stop: Sequence[Sequence[int]] = (),
     pad_id: int = 0,
     key: Array | None = None,

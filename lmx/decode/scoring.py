@@ -22,6 +22,7 @@ from jax import Array
 from lmx.core.errors import ConfigError, DataError
 from lmx.core.sharding import place
 from lmx.decode.rows import place_rows
+from lmx.models.padding import pad, padded_length
 from lmx.models.protocol import LanguageModel, split_chunks, take_token
 
 log = logging.getLogger("lmx")
@@ -161,15 +162,6 @@ def _joined(i: int, context: Any, continuation: Any, limit: int | None, vocab_si
     return text if limit is None else text[-(limit + 1) :]
 
 
-def _rounded(size: int, least: int) -> int:
-    """The next of least * 1, 1.5, 2, 3, 4, 6, 8, ...: at most a third of a row is padding, and shapes are few."""
-    while least < size:
-        if least * 3 // 2 >= size:
-            return least * 3 // 2
-        least *= 2
-    return least
-
-
 def _batches(
     texts: list[np.ndarray], counts: np.ndarray, batch_size: int, limit: int | None
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
@@ -177,16 +169,14 @@ def _batches(
     order = sorted(range(len(texts)), key=lambda i: (-texts[i].size, -counts[i]))
     for at in range(0, len(order), batch_size):
         rows = order[at : at + batch_size]
-        length = _rounded(max(texts[i].size for i in rows) - 1, SHORTEST)
+        length = padded_length(max(texts[i].size for i in rows) - 1, SHORTEST)
         length = length if limit is None else min(length, limit)
-        tokens = np.zeros((batch_size, length), np.int32)
-        width = min(length, _rounded(max(counts[i] for i in rows), FEWEST))
-        targets, first = np.zeros((batch_size, width), np.int32), np.zeros(batch_size, np.int32)
-        size = np.zeros(batch_size, np.int32)
+        width = min(length, padded_length(max(int(counts[i]) for i in rows), FEWEST))
+        first, size = np.zeros(batch_size, np.int32), np.zeros(batch_size, np.int32)
         for row, i in enumerate(rows):
-            text, n = texts[i], counts[i]
-            tokens[row, : text.size - 1] = text[:-1]
-            targets[row, :n], first[row], size[row] = text[-n:], text.size - 1 - n, n
+            first[row], size[row] = texts[i].size - 1 - counts[i], counts[i]
+        tokens = pad([texts[i][:-1] for i in rows], length, batch_size)
+        targets = pad([texts[i][-counts[i] :] for i in rows], width, batch_size)
         yield rows, dict(tokens=tokens, targets=targets, first=first, size=size)
 
 

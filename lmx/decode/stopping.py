@@ -1,4 +1,4 @@
-"""When a row of generated tokens ends: at an end-of-sequence token, or at one of several token sequences.
+"""When a row of generated tokens ends: at one of its end-of-sequence tokens, or at one of several token sequences.
 
 Both are rows of one table, compared with the newest tokens of every row after each step.
 """
@@ -17,18 +17,19 @@ ANY = -1  # in the table of endings: matches every token
 NONE = -2  # in the newest tokens: no token yet, matches no ending
 
 
-def endings(eos_id: int | None, stop: Sequence[Sequence[int]]) -> np.ndarray | None:
-    """The table (n, s) of what ends a row: `eos_id` and every sequence of `stop`, aligned right after ANY.
+def endings(eos_id: int | Sequence[int] | None, stop: Sequence[Sequence[int]]) -> np.ndarray | None:
+    """The table (n, s) of what ends a row: each of `eos_id` and every sequence of `stop`, aligned right after ANY.
 
     None if nothing does. Raises ConfigError for an empty sequence, or what is no token id.
     """
-    sequences = [*([] if eos_id is None else [[eos_id]]), *stop]
+    ids = () if eos_id is None else (eos_id,) if np.ndim(eos_id) == 0 else eos_id
+    sequences = [*([i] for i in ids), *stop]
     for sequence in sequences:
         ids = np.asarray(sequence)
         if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0:
             raise ConfigError(
-                f"eos_id={eos_id!r}, stop={stop!r}: eos_id must be a token id or None, and stop sequences of "
-                "one or more token ids, such as stop=((13, 13),). Stop strings belong to generate_text"
+                f"eos_id={eos_id!r}, stop={stop!r}: eos_id must be a token id, several or None, and stop "
+                "sequences of one or more token ids, such as stop=((13, 13),). Stop strings belong to generate_text"
             )
     if not sequences:
         return None

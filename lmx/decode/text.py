@@ -1,8 +1,9 @@
 """Text from any language model and a tokenizer: `generate_text` whole, `stream_text` in pieces.
 
-A tokenizer is any object with `encode(text) -> ids`, `decode(ids) -> text`, `vocab_size` and `eos_id` (or
-None). A prompt is fed as in training, where every document starts with the end-of-sequence token: [eos_id] +
-ids. A rendered chat brings its own special tokens: `special=True` recognises them and puts none first.
+A tokenizer is any object with `encode(text) -> ids`, `decode(ids) -> text`, `vocab_size` and `eos_id` (or None), and
+with `eos_ids` if several tokens end a text. A prompt is fed as in training, where every document starts with the
+end-of-sequence token: [eos_id] + ids. A rendered chat brings its own special tokens: `special=True` recognises them and
+puts none first.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from lmx.decode.beam import beam_search
 from lmx.decode.drafts import Draft
 from lmx.decode.generate import generate, stream
 from lmx.decode.speculative import speculate
+from lmx.models.padding import pad, padded_length
 from lmx.models.protocol import LanguageModel
 
 BROKEN = "\ufffd"  # what decoders write for bytes that are not, or not yet, UTF-8
-COLUMNS = 32  # prompts are padded to a multiple of this: prompts of about one length share one compilation
+SHORTEST = 32  # prompts are padded to this many tokens at least
 
 
 class Pieces:
@@ -89,7 +91,7 @@ def generate_text(
 ) -> list[str]:
     """The continuation of every prompt, without the prompt: a list even for one prompt.
 
-    A text ends before the tokenizer's end-of-sequence token, before the first stop string, or after
+    A text ends before one of the tokenizer's end-of-sequence tokens, before the first stop string, or after
     `max_new_tokens` tokens. `sampling`: temperature (0, the default, is greedy), top_k, top_p, min_p,
     repetition_penalty, as in `generate`. Prompts may differ in length, and an empty one starts a new
     document. The model must be able to `rewind`.
@@ -105,7 +107,8 @@ def generate_text(
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     ids = _encode(model, tokenizer, prompts, stop, special)
     tokens, lengths = _pad(ids)
-    options = dict(lengths=lengths, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id)
+    ends = _eos_ids(tokenizer)
+    options = dict(lengths=lengths, max_new_tokens=max_new_tokens, eos_id=ends)
     if num_beams != 1:
         _check_search(num_beams, draft, sampling)
         search = dict(num_beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping)
@@ -120,9 +123,10 @@ def generate_text(
     texts, running = [""] * len(rows), set(range(len(rows)))
     for column in columns:
         for i in sorted(running):
-            if column[i] != tokenizer.eos_id:
+            ended = int(column[i]) in ends
+            if not ended:
                 texts[i] += rows[i].push(column[i])
-            if column[i] == tokenizer.eos_id or rows[i].stopped:
+            if ended or rows[i].stopped:
                 running.discard(i)
         if not running:
             break
@@ -148,15 +152,14 @@ def stream_text(
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     ids = _encode(model, tokenizer, [prompt], stop, special)
     tokens, lengths = _pad(ids)
-    options = dict(
-        lengths=lengths, max_new_tokens=max_new_tokens, eos_id=tokenizer.eos_id, key=key, **sampling
-    )
+    ends = _eos_ids(tokenizer)
+    options = dict(lengths=lengths, max_new_tokens=max_new_tokens, eos_id=ends, key=key, **sampling)
     columns = stream(model, tokens, **options)
 
     def pieces() -> Iterator[str]:
         row = Pieces(tokenizer, ids[0], stop)
         for (token,) in columns:
-            piece = "" if token == tokenizer.eos_id else row.push(token)
+            piece = "" if int(token) in ends else row.push(token)
             if piece:
                 yield piece
             if row.stopped:
@@ -200,9 +203,12 @@ def _encode(
 
 
 def _pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of unlike length to tokens (b, t), t a multiple of COLUMNS, zeros on the right; lengths (b,)."""
+    """Rows of unlike length to tokens (b, t), zeros on the right; lengths (b,)."""
     lengths = np.array([len(row) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), max(1, -(-lengths.max() // COLUMNS)) * COLUMNS), np.int32)
-    for padded, row in zip(tokens, rows, strict=True):
-        padded[: len(row)] = row
-    return tokens, lengths
+    return pad(rows, padded_length(int(lengths.max()), SHORTEST)), lengths
+
+
+def _eos_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end a text."""
+    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    return tuple(getattr(tokenizer, "eos_ids", own))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,10 +12,11 @@ import numpy as np
 from lmx.core import hub
 from lmx.core.arrays import open_arrays
 from lmx.core.errors import FolderError
-from lmx.models.publishing import CONFIG, INDEX, STRUCTURE, TOKENIZER_FILES
+from lmx.models import generation
+from lmx.models.filenames import CONFIG, INDEX, STRUCTURE, TOKENIZER_FILES
+from lmx.models.generation import read_json
 
 WEIGHTS = "model.safetensors"
-NOTES = "hugging_face"  # in the notes of an lmx folder: the config.json that a model came with
 
 
 class TokenizerFiles:
@@ -41,16 +41,13 @@ def is_folder(path: Path) -> bool:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json. Raises FolderError if it is missing or damaged."""
-    return _read_json(path / CONFIG)
+    return read_json(path / CONFIG)
 
 
 def origin(path: Path) -> dict[str, Any] | None:
-    """The config.json that a model came with: of a folder in Hugging Face's format, or from the notes of lmx's own."""
-    if is_folder(path):
-        return read_config(path)
-    if (path / STRUCTURE).exists():
-        return _read_json(path / STRUCTURE).get("notes", {}).get(NOTES)
-    return None
+    """The config.json that a model came with: of a folder in Hugging Face's format, or from the notes of lmx's own.
+    Raises FolderError if it is missing or damaged."""
+    return read_config(path) if is_folder(path) else generation.origin(path)
 
 
 def open_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -66,7 +63,7 @@ def open_tensors(path: Path) -> dict[str, np.ndarray]:
             raise FolderError(f"{path} has a checkpoint in several files and lacks their index, {INDEX}; copy it again")
         raise FolderError(f"{path} {hub.only_pickles(files)}")
     try:
-        index = dict(_read_json(path / INDEX)["weight_map"])
+        index = dict(read_json(path / INDEX)["weight_map"])
         files = sorted(set(index.values()))
     except (KeyError, TypeError, ValueError) as error:
         raise FolderError(f"{path / INDEX} is damaged: it has no weight_map") from error
@@ -86,15 +83,3 @@ def open_tensors(path: Path) -> dict[str, np.ndarray]:
             "fetch or copy it again"
         )
     return stored
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FolderError(f"{path} is missing") from error
-    except ValueError as error:
-        raise FolderError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise FolderError(f"{path} is damaged: it holds no JSON object")
-    return found

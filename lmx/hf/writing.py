@@ -25,6 +25,7 @@ from lmx.hf.families import FAMILIES, family_of
 from lmx.hf.family import Family, differences
 from lmx.models import publishing, transformer
 from lmx.models.config import Config
+from lmx.models.filenames import CONFIG, GENERATION
 from lmx.models.transformer import Model
 
 log = logging.getLogger("lmx")
@@ -71,9 +72,9 @@ def save(
     spelled = {family.spelled(name, class_name)[0]: name for name in shapes}
     spelled = dict(sorted(spelled.items(), key=lambda item: (-shapes[item[1]].dtype.itemsize, item[0])))
     fetched: Iterator[np.ndarray] = (made[name]() for name in spelled.values())
-    texts = {publishing.CONFIG: _json(values)}
+    texts = {CONFIG: _json(values)}
     if model.config.head == "lm" and (ids := {k: values[k] for k in GENERATION_IDS if values.get(k) is not None}):
-        texts[publishing.GENERATION] = _json({"_from_model_config": True, **ids})
+        texts[GENERATION] = _json({"_from_model_config": True, **ids})
     named = {name: shapes[of] for name, of in spelled.items()}
     publishing.publish(folder, named, fetched, texts, tokenizer, overwrite, max_file_bytes)
 
@@ -155,7 +156,8 @@ def _with_ids(values: dict[str, Any], model: Model, tokenizer: Any, new: bool) -
     dtype = jnp.dtype(dtype).name
     values = {**values, "dtype": dtype} | ({"torch_dtype": dtype} if "torch_dtype" in values else {})
     if new:  # transformers' own defaults are the ids of somebody's tokenizer
-        eos = getattr(tokenizer, "eos_id", None)
+        ends = getattr(tokenizer, "eos_ids", (getattr(tokenizer, "eos_id", None),))
+        eos = list(ends) if len(ends) > 1 else next(iter(ends), None)
         ids = {**dict.fromkeys(SPECIAL_IDS), "eos_token_id": eos}
         values = values | {name: value for name, value in ids.items() if name not in values}
     return values

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmx.core.errors import ConfigError, DataError, nearest
+from lmx.models.padding import pad, padded_length
 from lmx.nn import heads
 
 TINY = 1e-12  # a shorter vector is not made any longer
@@ -77,7 +78,7 @@ def encode_texts(
     ids = tokenizer.encode_framed(texts, limit)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # the longest first: what does not fit fails at once
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    padded = (pad([ids[i] for i in batch], batch_size, limit) for batch in batches)
+    padded = (_inputs([ids[i] for i in batch], batch_size, limit) for batch in batches)
     parts = [_embed(model, *inputs, pool=pool, normalise=normalise) for inputs in padded]
     vectors = np.empty((len(ids), parts[0].shape[-1]), np.float32)
     for batch, part in zip(batches, parts, strict=True):  # all batches are under way before the first is fetched
@@ -85,23 +86,10 @@ def encode_texts(
     return vectors
 
 
-def pad(rows: Sequence[Sequence[int]], batch_size: int, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _inputs(rows: Sequence[Sequence[int]], batch_size: int, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids, the longest first, as (tokens, segment_ids), each (b, t): t is their `padded_length`, at most
     `limit`; b is batch_size or a smaller power of two, filled up with rows of padding."""
-    t = padded_length(max(1, len(rows[0])))
+    t = padded_length(len(rows[0]))
     t = t if limit is None else min(t, limit)
-    tokens = np.zeros((min(1 << (len(rows) - 1).bit_length(), batch_size), t), np.int32)
-    segment_ids = np.zeros_like(tokens)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-        segment_ids[i, : len(row)] = 1
-    return tokens, segment_ids
-
-
-def padded_length(length: int) -> int:
-    """The next multiple of 8, beyond 64 of a quarter of the power of two below: 8, 16, ..., 64, 80, 96, 112, 128, 160.
-
-    Beyond 64 tokens less than a fifth of a row is padding, and up to 512 there are 20 lengths.
-    """
-    step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
-    return -(-length // step) * step
+    b = min(1 << (len(rows) - 1).bit_length(), batch_size)
+    return pad(rows, t, b), pad([[1] * len(row) for row in rows], t, b)

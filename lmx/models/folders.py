@@ -28,7 +28,8 @@ from lmx.core import atomic
 from lmx.core.arrays import open_arrays
 from lmx.core.errors import FolderError
 from lmx.models import structure
-from lmx.models.publishing import CONFIG, INDEX, STRUCTURE, local, publish, whole
+from lmx.models.filenames import CONFIG, INDEX, STRUCTURE
+from lmx.models.publishing import local, publish, whole
 
 VERSION = 1
 

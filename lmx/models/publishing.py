@@ -22,15 +22,7 @@ from jax.experimental import multihost_utils
 from lmx.core import atomic
 from lmx.core.arrays import nbytes, write_arrays
 from lmx.core.errors import FolderError
-
-STRUCTURE, CONFIG, INDEX = "structure.json", "config.json", "model.safetensors.index.json"
-GENERATION = "generation_config.json"
-# What belongs to a tokenizer, and what travels with it.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "source.spm",
-    "target.spm", "sentencepiece.bpe.model", GENERATION,
-)  # fmt: skip
+from lmx.models.filenames import CONFIG, STRUCTURE, TOKENIZER_FILES
 
 
 def publish(

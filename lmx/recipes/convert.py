@@ -14,6 +14,7 @@ from lmx.core import hub, specs
 from lmx.core.errors import ConfigError, nearest
 from lmx.hf import files
 from lmx.hf.library import FORMATS
+from lmx.models import generation
 from lmx.models.config import DTYPES
 from lmx.recipes import checkpointed, models
 
@@ -36,7 +37,7 @@ class ConvertOptions:
     like: str | None = None
     """For hf: a family such as mistral, or a folder with a config.json to follow; by default the one it came from."""
     overwrite: bool = False
-    """Replace a model that is in the target folder."""
+    """Replace a model that is in the target folder: its files, and no others."""
 
 
 def run(options: ConvertOptions) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def run(options: ConvertOptions) -> dict[str, Any]:
     if to == "hf":
         hf.save(model, target, tokenizer=tokenizer, overwrite=o.overwrite, format="hf", like=o.like or origin)
     else:
-        notes = None if origin is None else {files.NOTES: origin}
+        notes = None if origin is None else {generation.NOTES: origin}
         hf.save(model, target, tokenizer=tokenizer, overwrite=o.overwrite, notes=notes)
     return {
         "source": o.source,

@@ -12,6 +12,7 @@ from lmx.core import hub
 from lmx.core.errors import FolderError, nearest
 from lmx.data import special_tokens
 from lmx.hf import files, library
+from lmx.models import generation
 from lmx.models.presets import PRESETS
 from lmx.recipes import checkpointed
 
@@ -103,11 +104,9 @@ def decoder_start(name: str, tokenizer: data.Tokenizer) -> int:
     """What the decoder of an encoder-decoder begins with: by the configs of Hugging Face it came with, else the padding
     token."""
     if not checkpointed.found_in(name):
-        folder = model_folder(name)
-        beside = folder / files.GENERATION
-        for found in (json.loads(beside.read_text()) if beside.exists() else {}, files.origin(folder) or {}):
-            if found.get("decoder_start_token_id") is not None:
-                return found["decoder_start_token_id"]
+        found = generation.setting(model_folder(name), "decoder_start_token_id")
+        if found is not None:
+            return found
     return special_tokens.pad_id(tokenizer)
 
 

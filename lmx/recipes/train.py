@@ -21,7 +21,7 @@ from lmx.core import sharding, specs
 from lmx.core.errors import Stopped
 from lmx.data.stepwise import Stepwise
 from lmx.hf import files
-from lmx.models import cost, folders, transformer, unigram
+from lmx.models import cost, folders, generation, transformer, unigram
 from lmx.models.presets import preset
 from lmx.recipes import checkpointed, models, objectives, rows
 from lmx.recipes import corpus as texts
@@ -228,7 +228,7 @@ def _finish(
     origin, its_files = models.came_from(options.init)  # so that it can go back as it came
     if its_files is None and options.objective == "chat":
         its_files = files.TokenizerFiles(folder / "data" / "tokenizer")
-    kept = notes if origin is None else notes | {files.NOTES: origin}
+    kept = notes if origin is None else notes | {generation.NOTES: origin}
     folders.save(model, folder / "model", tokenizer=its_files or corpus.tokenizer, overwrite=True, notes=kept)
 
     def show() -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
 
 from lmx.core import hub
 from lmx.core.errors import FolderError
+from lmx.data import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,9 +29,9 @@ def test_what_is_a_name(tmp_path, monkeypatch):
     assert hub.folder("runs/mine") == Path("runs/mine")
 
 
-def fetched(name: str, home: Path, **environment: str) -> subprocess.CompletedProcess:
-    """`hub.fetch(name)` in a process whose cache is `home`."""
-    code = f"from lmx.core import hub; print(hub.fetch({name!r}))"
+def fetched(name: str, home: Path, wanted: str = "hub.MODEL", **environment: str) -> subprocess.CompletedProcess:
+    """`hub.fetch(name, wanted)` in a process whose cache is `home`."""
+    code = f"from lmx.core import hub; print(hub.fetch({name!r}, {wanted}))"
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     variables = kept | {"HF_HOME": str(home), "PYTHONPATH": str(ROOT)} | environment
     return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300)
@@ -43,7 +46,8 @@ def cached(tmp_path):
     (repo / "snapshots" / commit).mkdir(parents=True)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
-    (repo / "snapshots" / commit / "config.json").write_text("{}")
+    for name in ("config.json", "model.safetensors"):
+        (repo / "snapshots" / commit / name).write_text("{}")
     return tmp_path
 
 
@@ -57,6 +61,52 @@ def test_without_a_network(cached, environment):
     assert "Hugging Face hub" in done.stderr and "not in the cache" in done.stderr
     found = fetched("owner/name", cached, **environment)
     assert found.stdout.strip().endswith("snapshots/" + "0" * 40), found.stderr
+
+
+def hub_with(monkeypatch, *names: str) -> list[list[str]]:
+    """A hub that answers, whose models have these files: what is fetched of them is noted."""
+    package, fetched = pytest.importorskip("huggingface_hub"), []
+
+    def snapshot_download(name, allow_patterns, local_files_only=False):
+        if local_files_only:
+            raise FileNotFoundError(name)
+        fetched.append([file for file in names if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)])
+        return "there"
+
+    class Api:
+        def model_info(self, name, timeout):
+            return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=file) for file in names])
+
+    monkeypatch.setattr(package.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(package, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(package, "HfApi", Api)
+    return fetched
+
+
+def test_of_a_tokenizer_no_weights_are_fetched(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    texts = [
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "chat_template.jinja", "vocab.txt", "merges.txt", "tokenizer.model",
+    ]  # fmt: skip
+    weights = ["model-00001-of-00001.safetensors", "model.safetensors.index.json"]
+    fetched = hub_with(monkeypatch, *texts, *weights, "pytorch_model.bin", "onnx/model.onnx")
+    with pytest.raises(FolderError, match="no tokenizer 'there'"):  # this hub does not really fetch
+        load_tokenizer("owner/name")
+    assert fetched.pop() == texts
+    hub.folder("owner/name")
+    assert fetched.pop() == texts + weights
+    fetched = hub_with(monkeypatch, "tokenizer.json", "pytorch_model.bin")
+    assert hub.folder("owner/name", hub.TOKENIZER) == Path("there") and fetched == [["tokenizer.json"]]
+
+
+def test_a_tokenizer_in_the_cache_is_no_model(cached):
+    place = cached / "hub" / "models--owner--name" / "snapshots" / ("0" * 40)
+    (place / "model.safetensors").rename(place / "tokenizer.json")
+    done = fetched("owner/name", cached, HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and "not in the cache" in done.stderr
+    done = fetched("owner/name", cached, HF_HUB_OFFLINE="1", wanted="hub.TOKENIZER")
+    assert done.stdout.strip().endswith("snapshots/" + "0" * 40), done.stderr
 
 
 def test_an_answer_that_never_comes():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from lmx.core.errors import DataError, FolderError
-from lmx.data import byte_tokenizer, check_fits, load_tokenizer, train_bpe
+from lmx.data import Tokenizer, byte_tokenizer, check_fits, load_tokenizer, train_bpe
 
 CODE = (
     "def f(x):\n    if x:\n        return 12345 + x  # naïve\n\n\nclass A:\n    def g(self):\n        pass\n"
@@ -75,6 +75,18 @@ def test_save_and_load(tokenizer, tmp_path):
         assert loaded.fingerprint == tokenizer.fingerprint
         assert (loaded.eos_id, loaded.vocab_size) == (tokenizer.eos_id, tokenizer.vocab_size)
         assert loaded.encode(CODE) == tokenizer.encode(CODE)
+
+
+def test_other_tokens_may_end_what_is_generated(tmp_path):
+    Tokenizer(BYTES.backend, eos_ids=[65, 256]).save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.eos_ids == (65, 256) and loaded.eos_id == 256
+    assert load_tokenizer(tmp_path, "<|endoftext|>").eos_ids == (256,)
+    BYTES.save(tmp_path)  # what is there already is the model's
+    assert load_tokenizer(tmp_path).eos_ids == (65, 256)
+    BYTES.save(tmp_path / "plain")
+    assert load_tokenizer(tmp_path / "plain").eos_ids == (256,)
+    assert not (tmp_path / "plain" / "generation_config.json").exists()
 
 
 def foreign(folder, *special, config=None):

@@ -260,7 +260,10 @@ def test_columns_of_padding_need_no_room(trigram):
         ),
         (PROMPTS, dict(stop=((),)), ConfigError, r"stop=\(\(\),\)"),
         (PROMPTS, dict(stop=(13,)), ConfigError, r"stop=\(13,\)"),
-        (PROMPTS, dict(eos_id=-1), ConfigError, "eos_id=-1, .* a token id or None"),
+        (PROMPTS, dict(eos_id=-1), ConfigError, "eos_id=-1, .* a token id, several or None"),
+        (PROMPTS, dict(eos_id=[1, -1]), ConfigError, r"eos_id=\[1, -1\], .* a token id, several or None"),
+        (PROMPTS, dict(eos_id=[[1, 2]]), ConfigError, "a token id, several or None"),
+        (PROMPTS, dict(eos_id=[3, 11]), DataError, "eos_id or stop has the token id 11"),
         (PROMPTS, dict(stop=((3, 11),)), DataError, "eos_id or stop has the token id 11"),
         (PROMPTS, dict(top_p=2.0), ConfigError, "top_p is 2.0"),
         (

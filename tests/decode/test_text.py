@@ -85,6 +85,17 @@ def test_the_text_is_the_continuation_up_to_eos():
     assert both(model, Bytes(), "Once", max_new_tokens=5) == " upon"
 
 
+def test_any_of_several_tokens_ends_a_text():
+    tokenizer = Bytes()
+    tokenizer.eos_ids = (ord("!"), 256)
+    model = reciter([*b"Stop! Or go on", 256])
+    assert both(model, tokenizer, "", max_new_tokens=40) == "Stop"
+    assert both(model, tokenizer, "Stop!", max_new_tokens=40) == " Or go on"
+    assert generate_text(model, tokenizer, "", max_new_tokens=8, draft=PromptLookup(3)) == ["Stop"]
+    tokenizer.eos_ids = ()
+    assert both(model, tokenizer, "", max_new_tokens=7) == "Stop! O"
+
+
 def test_prompts_of_unlike_length_at_once():
     model = reciter([*b"Once upon a time", 256])
     texts = generate_text(model, Bytes(), ["", "Once", "x" * 14], max_new_tokens=6)

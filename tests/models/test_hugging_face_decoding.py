@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lmx.decode import generate
+from lmx import hf
+from lmx.data import byte_tokenizer, load_tokenizer
+from lmx.decode import PromptLookup, generate, speculate, stream
 from lmx.decode.beam import beam_search
+from lmx.recipes import convert
 
 PROMPTS = np.random.default_rng(1).integers(0, 60, (3, 6))
 LENGTHS = np.array([6, 2, 4])
@@ -62,9 +65,46 @@ def test_beam_search(hugging_face, name, options):
         assert (np.asarray(got.lengths) < NEW).any()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama tied"])
-def test_greedy(hugging_face, name):
+@pytest.mark.parametrize("name, eos_id", [("gpt2", 33), ("gpt2", [7, 33]), ("llama tied", 33)])
+def test_greedy(hugging_face, name, eos_id):
     theirs, ours = converted(hugging_face, name)
-    wanted, _ = of_transformers(theirs, LENGTHS, eos_id=33)
-    got = generate(ours, PROMPTS, lengths=LENGTHS, max_new_tokens=NEW, eos_id=33, pad_id=PAD)
-    np.testing.assert_array_equal(got.tokens, wanted[:, 0])
+    wanted, _ = of_transformers(theirs, LENGTHS, eos_id=eos_id)
+    options = dict(lengths=LENGTHS, max_new_tokens=NEW, eos_id=eos_id, pad_id=PAD)
+    np.testing.assert_array_equal(generate(ours, PROMPTS, **options).tokens, wanted[:, 0])
+    if name == "gpt2":
+        made = speculate(ours, PROMPTS, draft=PromptLookup(3), **options)
+        np.testing.assert_array_equal(made.tokens, wanted[:, 0])
+        streamed = np.stack(list(stream(ours, PROMPTS, **options)), axis=1)
+        np.testing.assert_array_equal(streamed, wanted[:, 0, : streamed.shape[1]])
+
+
+def test_the_folder_says_at_which_tokens_to_stop(torch_llama, tmp_path):
+    """transformers' `generate` without a word about it, and lmx's with what the tokenizer of the folder says."""
+    import torch
+
+    free = torch_llama.generate(torch.tensor(PROMPTS), max_new_tokens=12, do_sample=False, pad_token_id=PAD).numpy()
+    ends = [int(free[0, 8]), int(free[2, 9])]  # the third new token of one row, the fourth of another
+    torch_llama.generation_config.eos_token_id = ends
+    torch_llama.save_pretrained(tmp_path / "m")
+    byte_tokenizer().save(tmp_path / "m")
+    theirs = type(torch_llama).from_pretrained(tmp_path / "m")
+    wanted = theirs.generate(torch.tensor(PROMPTS), max_new_tokens=12, do_sample=False, pad_token_id=PAD).numpy()[:, 6:]
+    convert.run(convert.ConvertOptions(str(tmp_path / "m"), str(tmp_path / "ours")))
+    for folder in (tmp_path / "m", tmp_path / "ours"):
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.eos_ids == tuple(ends) and tokenizer.eos_id == 256
+        made = generate(hf.load(folder), PROMPTS, max_new_tokens=12, eos_id=tokenizer.eos_ids, pad_id=PAD)
+        got = np.asarray(made.tokens)
+        np.testing.assert_array_equal(got[:, : wanted.shape[1]], wanted)
+    assert (wanted[0, 3:] == PAD).all() and (wanted[2, 4:] == PAD).all() and not np.array_equal(wanted, free[:, 6:])
+
+
+@pytest.fixture
+def torch_llama():
+    """A tiny random Llama of transformers, of 257 tokens."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=257, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        bos_token_id=None, eos_token_id=None, initializer_range=0.3,
+    )).eval()  # fmt: skip
