@@ -29,7 +29,8 @@ from lmx.hf import files, tables
 from lmx.hf.families import family_of
 from lmx.hf.family import Family
 from lmx.models import transformer
-from lmx.models.config import AUTO, DTYPES, Config
+from lmx.models.config import Config
+from lmx.models.fields import AUTO, DTYPES
 from lmx.models.transformer import Model
 
 CHUNK = 1 << 22  # numbers of two tensors compared at a time

@@ -7,16 +7,12 @@ and what cannot be hashed safely (arrays, lists, NaN) is refused.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
 from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
 
 from lmx.core import sharding
 from lmx.core.errors import ConfigError, nearest
 from lmx.core.nodes import register
+from lmx.models.fields import AUTO, canonical, check_choice, check_positive, scaling_pairs, tuples
 from lmx.nn import dot_product, heads, mlp, position
 from lmx.nn import norm as norms
 
@@ -34,23 +30,12 @@ CHOICES = {
     "remat": ("none", "dots", "full"),
     "attention": dot_product.IMPLEMENTATIONS,
 }
-POSITIVE_FLOATS = (
-    "norm_eps", "rope_theta", "rope_local_theta", "initializer_range", "embedding_scale", "logit_scale",
-    "attention_scale", "attention_softcap", "logit_softcap",
-)  # fmt: skip
-NULLABLE_FLOATS = ("rope_local_theta", "attention_scale", "attention_softcap", "logit_softcap")
-BOOLS = (
-    "norm_bias", "norm_offset", "parallel_residual", "first_attention_norm", "embedding_norm", "attention_bias",
-    "attention_out_bias", "mlp_bias", "tie_embeddings", "head_hidden_bias", "head_norm", "head_bias",
-)  # fmt: skip
 GIVEN = ("vocab_size", "num_layers", "hidden_size", "num_heads", "intermediate_size")
 POSITIVE = (*GIVEN, "num_kv_heads", "head_dim", "relative_buckets", "relative_max_distance", "layer_repeats")
 OF_ENCODERS = {"num_encoder_heads": "num_heads", "encoder_intermediate_size": "intermediate_size"}
 OPTIONAL_POSITIVE = (
     "num_encoder_layers", *OF_ENCODERS, "embedding_size", "window", "rotary_dim", "max_length", "num_labels",
 )  # fmt: skip
-DTYPES = ("float32", "bfloat16", "float16")
-AUTO = "auto"  # the compute dtype that suits the backend
 
 
 @register
@@ -121,17 +106,17 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _canonical(field.name, getattr(self, field.name)))
+            object.__setattr__(self, field.name, canonical(field.name, getattr(self, field.name)))
         if self.rope_scaling is not None:
-            object.__setattr__(self, "rope_scaling", _pairs(self.rope_scaling))
+            object.__setattr__(self, "rope_scaling", scaling_pairs(self.rope_scaling))
         for name, value in self._follows().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for name in POSITIVE:
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         for name in OPTIONAL_POSITIVE:
             if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
+                check_positive(name, getattr(self, name))
         for name, decoders in OF_ENCODERS.items():
             if getattr(self, name) == getattr(self, decoders):
                 object.__setattr__(self, name, None)
@@ -139,14 +124,14 @@ class Config:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be a whole number, 0 or above, not {getattr(self, name)!r}")
         for name, choices in CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
+            check_choice(name, getattr(self, name), choices)
         self._check_attention()
         self._check_head()
 
     def _follows(self) -> dict[str, Any]:
         """The values of fields that follow from others. Raises ConfigError where head_dim cannot."""
         for name in GIVEN:
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} does not divide by num_heads {self.num_heads}; "
@@ -182,7 +167,7 @@ class Config:
         if not self.layer_pattern:
             raise ConfigError("layer_pattern must name at least one kind of layer, such as ('global',)")
         for kind in self.layer_pattern:
-            _check_choice("layer_pattern", kind, LAYER_KINDS)
+            check_choice("layer_pattern", kind, LAYER_KINDS)
         if any(kind.startswith("local") for kind in self.layer_pattern) != (self.window is not None):
             raise ConfigError(
                 f"window {self.window} and layer_pattern {self.layer_pattern} contradict each other: "
@@ -204,7 +189,7 @@ class Config:
                 "the heads 'sequence' and 'tokens' need a number of classes, the others have none"
             )
         if self.head_activation is not None:
-            _check_choice("head_activation", self.head_activation, mlp.PLAIN)
+            check_choice("head_activation", self.head_activation, mlp.PLAIN)
         elif self.head_norm:
             raise ConfigError("head_norm is of the head's hidden layer, which head_activation gives it: set both")
 
@@ -275,65 +260,4 @@ class Config:
         missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
         if missing:
             raise ConfigError(f"this config lacks {', '.join(missing)}")
-        return cls(**{name: _tuples(value) for name, value in values.items()})
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} must be a positive whole number, not {value!r}")
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} {value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}")
-
-
-def _dtype(name: str, value: Any) -> str:
-    """The name of a dtype, or of what is to be decided where the model is used."""
-    if name == "compute_dtype" and isinstance(value, str) and value == AUTO:
-        return value
-    try:
-        value = jnp.dtype(value).name
-    except TypeError as error:
-        raise ConfigError(f"{name} {value!r} is not a dtype; try float32 or bfloat16") from error
-    _check_choice(name, value, (*DTYPES, AUTO) if name == "compute_dtype" else DTYPES)
-    return value
-
-
-def _pairs(scaling: Any) -> tuple:
-    """rope_scaling in one order. Raises ConfigError for what is no pairs of names and values, or no scaling."""
-    try:
-        pairs = tuple(sorted(dict(scaling).items()))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"rope_scaling is pairs of a name and a value, such as ('rope_type', 'linear'), not {scaling!r}"
-        ) from error
-    position.check_scaling(dict(pairs))
-    return pairs
-
-
-def _tuples(value: Any) -> Any:
-    """What JSON made lists, as tuples again."""
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
-
-
-def _canonical(name: str, value: Any) -> Any:
-    """A hashable Python value for a field, or ConfigError."""
-    if name in ("dtype", "compute_dtype"):
-        return _dtype(name, value)
-    if isinstance(value, tuple):
-        return tuple(_canonical(name, item) for item in value)
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and math.isnan(value):
-        raise ConfigError(f"{name} is NaN, which is not equal to itself and would retrace every call")
-    if not isinstance(value, (str, int, float, bool, type(None))):
-        given = type(value).__name__
-        raise ConfigError(f"{name} must be a string, a number, a bool, None or a tuple of them, not {given}")
-    if name in POSITIVE_FLOATS and not (value is None and name in NULLABLE_FLOATS):
-        if isinstance(value, (bool, str, type(None))) or not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be a positive number, not {value!r}")
-        return float(value)
-    if name in BOOLS and not isinstance(value, bool):
-        raise ConfigError(f"{name} must be true or false, not {value!r}")
-    return value
+        return cls(**{name: tuples(value) for name, value in values.items()})

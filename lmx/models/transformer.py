@@ -18,7 +18,8 @@ from lmx.models import blocks, cache
 from lmx.models.blocks import Block, Tower  # noqa: F401  (a model's parts, for those who build one)
 from lmx.models.cache import DecodeState
 from lmx.models.conditional import Conditional
-from lmx.models.config import DTYPES, Config
+from lmx.models.config import Config
+from lmx.models.fields import DTYPES
 from lmx.models.protocol import score_in_chunks
 from lmx.nn import embed, heads, norm, position
 from lmx.nn.heads import Head, Readout

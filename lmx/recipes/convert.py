@@ -15,7 +15,7 @@ from lmx.core.errors import ConfigError, nearest
 from lmx.hf import files
 from lmx.hf.library import FORMATS
 from lmx.models import generation
-from lmx.models.config import DTYPES
+from lmx.models.fields import DTYPES
 from lmx.recipes import checkpointed, models
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from lmx.core.errors import ConfigError, nearest
 from lmx.core.topology import Target, target
 from lmx.models import cost
-from lmx.models.config import AUTO
+from lmx.models.fields import AUTO
 from lmx.models.transformer import Model
 from lmx.nn import dot_product, kernels
 from lmx.recipes.planning import programs, roofline, search

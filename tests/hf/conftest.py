@@ -67,6 +67,11 @@ class Torch:
     def config(self) -> Any:
         return self.model.config
 
+    @property
+    def fixed(self) -> set[str]:
+        """The names of what is not trained: sinusoids, for as many positions as config.json says."""
+        return {name for name, p in self.model.named_parameters() if not p.requires_grad}
+
     def save(self, folder: Path, **options: Any) -> Path:
         self.model.save_pretrained(folder, **options)
         return folder
@@ -78,16 +83,15 @@ class Torch:
         made.model, info = self.cls.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
         made.model.eval()
         made.config.eos_token_id = self.config.eos_token_id  # by which some find the end; lmx knows a tokenizer's alone
-        known = set(self.cls._keys_to_ignore_on_load_missing or ())  # MarianModel's, spelled as MarianMTModel has them
-        info["missing_keys"] = {name for name in info["missing_keys"] if f"model.{name}" not in known}
+        info["missing_keys"] -= self.fixed  # MarianModel saves and misses its sinusoids, MarianMTModel does neither
         assert not any(info.values()), info
         return made
 
     def same_tensors(self, other: Torch) -> bool:
         import torch
 
-        unsaved = set(self.model._keys_to_ignore_on_save or ())  # sinusoids, for as many positions as config.json says
-        one, two = ({n: x for n, x in t.model.state_dict().items() if n not in unsaved} for t in (self, other))
+        fixed = self.fixed | other.fixed
+        one, two = ({n: x for n, x in t.model.state_dict().items() if n not in fixed} for t in (self, other))
         return one.keys() == two.keys() and all(
             torch.equal(one[name], two[name]) and one[name].dtype == two[name].dtype for name in one
         )
