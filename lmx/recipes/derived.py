@@ -13,6 +13,7 @@ from lmx.core import specs
 from lmx.core.errors import ConfigError, nearest
 from lmx.hf import files
 from lmx.hf.library import FORMATS
+from lmx.models import generation
 from lmx.models.transformer import Model
 from lmx.recipes import checkpointed, models
 
@@ -36,8 +37,7 @@ def open_source(name: str) -> Source:
     if checkpointed.found_in(name):
         return Source(name, model, checkpointed.open_tokenizer(name), None, {})
     place = models.model_folder(name)
-    if files.is_folder(place):  # the machine at hand does not decide in what those compute that read the result
-        model = model.replace(config=model.config.replace(compute_dtype=model.config.dtype))
+    if files.is_folder(place):
         return Source(name, model, hf.TokenizerFiles(place), files.origin(place), {})
     notes = json.loads((place / models.STRUCTURE).read_text(encoding="utf-8")).get("notes", {})
     return Source(name, model, hf.TokenizerFiles(place), files.origin(place), notes)
@@ -68,7 +68,7 @@ def write(
         if "made by" in source.notes:
             notes["before"] = {name: source.notes.get(name) for name in ("made by", "from", "with", "before")}
         if source.origin is not None:
-            notes[files.NOTES] = source.origin
+            notes[generation.NOTES] = source.origin
         hf.save(model, target, tokenizer=source.tokenizer, overwrite=overwrite, notes=notes)
     return {
         "source": source.name,

@@ -178,7 +178,7 @@ def _influence(model: Model, tower: str, batch: Batch) -> tuple[jax.Array, jax.A
     place = {} if of_encoder else {"positions": batch.get("positions"), "types": batch.get("types")}
     x, about = model.enter_tower(tower, tokens, segments, place.get("positions"), place.get("types"))
     whole = getattr(model.params, tower)
-    one = blocks.layer(c, whole, length=x.shape[1], **about, **memory)
+    one = blocks.layer(c.tower(tower), whole, length=x.shape[1], **about, **memory)
     real = jnp.ones(tokens.shape, jnp.float32) if segments is None else (segments != 0).astype(jnp.float32)
     found = []
     for block in stacks.layer_list(whole.layers):

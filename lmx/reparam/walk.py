@@ -154,5 +154,6 @@ def _layer(shell: Model, tower: str, batch: Batch, memory: Any) -> Callable[[Any
     x, about = shell.enter_tower(tower, *given)
     mask = None if memory is None else memory_mask(given[0], given[1], batch.get("encoder_segment_ids"))
     return blocks.layer(
-        shell.config, getattr(shell.params, tower), length=x.shape[1], memory=memory, memory_mask=mask, **about
-    )
+        shell.config.tower(tower), getattr(shell.params, tower), length=x.shape[1], memory=memory, memory_mask=mask,
+        **about,
+    )  # fmt: skip

@@ -55,7 +55,7 @@ def test_extra_tensors_are_named(folder):
 
 
 def test_what_means_nothing_is_ignored(made, tmp_path):
-    model = made(lmx.preset("gpt2-tiny"))
+    model = made(lmx.preset("gpt2-tiny", compute_dtype="auto"))
     hf.save(model, tmp_path / "m", format="hf")
     rewrite(tmp_path / "m", lambda a: a.update({"transformer.h.1.attn.bias": np.ones((1, 1, 4, 4), np.float32)}))
     rewrite(tmp_path / "m", lambda a: a.update({"h.0.attn.masked_bias": np.ones((), np.float32)}))
