@@ -23,10 +23,11 @@ from lmx.core.tree import paths
 from lmx.hf import files, tables
 from lmx.hf.families import FAMILIES, family_of
 from lmx.hf.family import Family, differences
-from lmx.models import publishing, transformer
+from lmx.models import cache, cost, publishing, transformer
 from lmx.models.config import Config
 from lmx.models.filenames import CONFIG, GENERATION
 from lmx.models.transformer import Model
+from lmx.nn import latent
 
 log = logging.getLogger("lmx")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -58,6 +59,7 @@ def save(
     original = origin_of(like)
     family, class_name, values = describe(model.config, original)
     bound = tables.bind(family.entries(model.config, class_name), transformer.abstract(model.config))
+    model = _without_latents(model)
     held = _held(model)
     _check(model, held)
     values = _with_ids(values, model, tokenizer, new=not isinstance(original, dict))
@@ -177,6 +179,14 @@ def _held(model: Model) -> Held:
         for position, layer in enumerate(where.layers or (None,)):
             held[where.plain, layer] = (weight, None if layer is None else position)
     return held
+
+
+def _without_latents(model: Model) -> Model:
+    """The model with keys and values made from x alone; says it where that changes something."""
+    count = sum(rank is not None for tower in cost.towers(model.params).values() for rank in cache.ranks(tower))
+    if count:
+        log.warning("the shared latents of %d layers are written as plain matrices: their cache is whole again", count)
+    return latent.unshare(model)
 
 
 def _check(model: Model, held: Held) -> None:

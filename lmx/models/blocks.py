@@ -21,6 +21,7 @@ from lmx.models import stacks
 from lmx.models.config import LAYER_KINDS, Config
 from lmx.nn import attention as attend
 from lmx.nn import dot_product, embed, mlp, norm, position
+from lmx.nn import latent as latents
 
 
 @node
@@ -102,6 +103,8 @@ def tower_specs(c: Config, template: Tower, tower: Tower) -> Tower:
     def one(block: Block) -> Block:
         bare = block.attention_norm is None
         like = abstract_block(c, block.kind, cross=block.cross is not None, first=bare)
+        if block.attention.latent is not None:
+            like = like.replace(attention=latents.share(like.attention, block.attention.latent.shape[-1]))
         return weights.specs_like(specs.stack(like, 1), block)
 
     layers = Layers(tuple(tuple(map(one, period)) for period in tower.layers.stacks), tower.layers.sizes)

@@ -15,6 +15,7 @@ from lmx.models.blocks import Block, Tower
 from lmx.models.config import Config
 from lmx.nn import attention as attend
 from lmx.nn import dot_product
+from lmx.nn import latent as latents
 
 
 @node
@@ -24,7 +25,7 @@ class DecodeState:
     `aligned` says that all rows have the same number, which lets them be written as one slice.
     """
 
-    caches: tuple[attend.Cache, ...]
+    caches: tuple[attend.Cache | latents.LatentCache, ...]
     lengths: Any  # (b,) int32
     memory: tuple[attend.Cache, ...] = ()  # the encoder's keys and values for each layer, where there is one
     memory_mask: Any = None  # (b, s) bool: what of it is seen; None for all
@@ -33,11 +34,22 @@ class DecodeState:
 
 def start(c: Config, tower: Tower, batch: int, length: int) -> DecodeState:
     """An empty state with room for `length` positions a row."""
-    shape = (batch, c.num_kv_heads, length, c.head_dim)
-    runs = tower.layers.num_layers * tower.repeats
-    caches = tuple(attend.empty_cache(*shape, c.activation_dtype) for _ in range(runs))
+
+    def empty(rank: int | None) -> attend.Cache | latents.LatentCache:
+        if rank is None:
+            return attend.empty_cache(batch, c.num_kv_heads, length, c.head_dim, c.activation_dtype)
+        return latents.empty_cache(batch, length, rank, c.activation_dtype)
+
+    caches = tuple(map(empty, ranks(tower)))
     out = sharding.out_sharding((batch,), "batch")
     return DecodeState(caches, jnp.zeros((batch,), jnp.int32, out_sharding=out))
+
+
+def ranks(tower: Tower) -> list[int | None]:
+    """For each layer, as often as it runs: the width of the latents that it caches, or None for keys and values."""
+    of = lambda block: None if block.attention.latent is None else block.attention.latent.shape[-1]  # noqa: E731
+    runs = zip(tower.layers.sizes, tower.layers.stacks, strict=True)
+    return [of(block) for n, period in runs for block in period * n for _ in range(tower.repeats)]
 
 
 def remember(
@@ -56,25 +68,31 @@ def step(
     c: Config, tower: Tower, state: DecodeState, x: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, DecodeState]:
     """x (b, q, d) at positions (b, q), which follow those in the state: (features (b, q, d), the new state)."""
-    length, q_len = state.caches[0].key.shape[2], x.shape[1]
+    length, q_len = state.caches[0].length, x.shape[1]
     begin = state.lengths.max() if state.aligned else state.lengths
     keys = jnp.arange(length)
     mask = positions[:, :, None] >= keys  # (b, q, s)
     near = None if c.window is None else mask & (positions[:, :, None] - keys < c.window)
     turns = blocks.angles(c, positions)
+    # of what is in the cache: the places of keys, and no further, for there are scalings that follow the furthest
+    turns_kept = blocks.angles(c, jnp.minimum(keys, positions.max())[None]) if any(ranks(tower)) else None
     at = begin + jnp.arange(q_len)[None] if state.aligned else positions
     bias = blocks.distance_bias(c, tower, at, keys[None], causal=True)
     of_heads, caches = functools.partial(blocks.normalise, c), []
 
     def own(params: Block, y: jax.Array) -> jax.Array:
         q = attend.project_query(params.attention, y, turns[params.kind], of_heads)
-        k, v = attend.project_key_value(params.attention, y, turns[params.kind], of_heads)
-        cache = attend.write(state.caches[len(caches)], k, v, begin)
-        caches.append(cache)
-        z = dot_product.attention(
-            q, *_heads_last(cache), mask=near if params.kind.startswith("local") else mask, bias=bias,
-            implementation="reference", **blocks.scores(c),
-        )  # fmt: skip
+        seen = {"mask": near if params.kind.startswith("local") else mask, "bias": bias, **blocks.scores(c)}
+        cache = state.caches[len(caches)]
+        if params.attention.latent is not None:
+            cache = latents.write(cache, attend.project_latent(params.attention, y), begin)
+            caches.append(cache)
+            z = latents.attention(params.attention, q, cache, turns_kept[params.kind], of_heads, **seen)
+        else:
+            k, v = attend.project_key_value(params.attention, y, turns[params.kind], of_heads)
+            cache = attend.write(cache, k, v, begin)
+            caches.append(cache)
+            z = dot_product.attention(q, *_heads_last(cache), implementation="reference", **seen)
         return attend.project_out(params.attention, z)
 
     def cross(params: Block, y: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lmx.core import specs, weights
+from lmx.models import cache
 from lmx.models.transformer import Model
 
 
@@ -93,9 +94,11 @@ def _cache(model: Model, length: int) -> int:
     c, decoder = model.config, model.params.decoder
     if decoder is None:
         return 0
-    copies = 1 if model.params.encoder is None else 2  # beside it the keys and values of as long a source
-    numbers = 2 * copies * decoder.layers.num_layers * decoder.repeats * c.num_kv_heads * c.head_dim * length
-    return numbers * jnp.dtype(c.activation_dtype).itemsize
+    whole, ranks = 2 * c.num_kv_heads * c.head_dim, cache.ranks(decoder)
+    numbers = sum(whole if rank is None else rank for rank in ranks)
+    if model.params.encoder is not None:  # beside it the keys and values of as long a source
+        numbers += whole * len(ranks)
+    return numbers * length * jnp.dtype(c.activation_dtype).itemsize
 
 
 def _unread(model: Model) -> int:

@@ -24,8 +24,8 @@ Normalise = Callable[[norm.Norm, jax.Array], jax.Array] | None  # a norm's param
 @node
 class Attention:
     query: Any  # weight (d, h, c)
-    key: Any  # weight (d, k, c)
-    value: Any  # weight (d, k, c)
+    key: Any  # weight (d, k, c), or (r, k, c) behind a latent
+    value: Any  # weight (d, k, c), or (r, k, c) behind a latent
     out: Any  # weight (h, c, d)
     query_bias: Any  # (h, c) or None
     key_bias: Any  # (k, c) or None
@@ -33,6 +33,7 @@ class Attention:
     out_bias: Any  # (d,) or None
     query_norm: norm.Norm | None = None  # over each head (c,), or over all of them (h, c)
     key_norm: norm.Norm | None = None
+    latent: Any = None  # weight (d, r): what keys and values are made from (`lmx.nn.latent`), or None
 
 
 def abstract(
@@ -85,10 +86,26 @@ def project_key_value(
     params: Attention, x: jax.Array, angles: Angles = None, normalise: Normalise = None
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values (b, s, k, c) of x (b, s, d), the keys normalised and rotated as queries are."""
+    if params.latent is not None:
+        x = project_latent(params, x)
+    return project_key(params, x, angles, normalise), project_value(params, x)
+
+
+def project_latent(params: Attention, x: jax.Array) -> jax.Array:
+    """The latents (b, s, r) of x (b, s, d)."""
+    return mlp.linear("btd,dr->btr", x, params.latent, None)
+
+
+def project_key(params: Attention, x: jax.Array, angles: Angles = None, normalise: Normalise = None) -> jax.Array:
+    """Keys (b, s, k, c) of what the layer makes them from: x (b, s, d), or latents (b, s, r)."""
     k = mlp.linear("btd,dhc->bthc", x, params.key, params.key_bias)
     k = k if params.key_norm is None else normalise(params.key_norm, k)
-    v = mlp.linear("btd,dhc->bthc", x, params.value, params.value_bias)
-    return k if angles is None else position.rotate(k, angles), v
+    return k if angles is None else position.rotate(k, angles)
+
+
+def project_value(params: Attention, x: jax.Array) -> jax.Array:
+    """Values (b, s, k, c) of x (b, s, d), or of latents (b, s, r)."""
+    return mlp.linear("btd,dhc->bthc", x, params.value, params.value_bias)
 
 
 def project_out(params: Attention, y: jax.Array) -> jax.Array:
@@ -103,6 +120,11 @@ class Cache:
     key: Any
     value: Any
 
+    @property
+    def length(self) -> int:
+        """How many positions there is room for."""
+        return self.key.shape[2]
+
 
 def empty_cache(batch: int, kv_heads: int, length: int, head_dim: int, dtype: Any) -> Cache:
     """A cache with room for `length` positions."""
@@ -113,21 +135,22 @@ def empty_cache(batch: int, kv_heads: int, length: int, head_dim: int, dtype: An
 
 def write(cache: Cache, k: jax.Array, v: jax.Array, start: jax.Array) -> Cache:
     """Put keys and values (b, q, k, c) of q new positions where each row stands: start (b,), or () for all rows."""
-    return Cache(_write(cache.key, k, start), _write(cache.value, v, start))
+    return Cache(put(cache.key, k, start), put(cache.value, v, start))
 
 
-def _write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+def put(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """A cache (b, k, s, c) with new entries (b, q, k, c) where each row stands, as in `write`."""
     new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)  # (b, k, q, c)
     if start.ndim == 0:
-        put = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=2)  # noqa: E731
+        whole = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, start, axis=2)  # noqa: E731
         if new.shape[2] > 1 or sharding.platform() != "cpu" or sharding.mesh_kind() is not None:
-            return put(cache, new)
+            return whole(cache, new)
         # XLA's CPU backend would fuse the update into the product that reads it, a second time, and to keep both apart
         # copy the cache four times a token. It does not look into a branch.
-        return jax.lax.cond(start >= 0, put, lambda cache, _: cache, cache, new)
+        return jax.lax.cond(start >= 0, whole, lambda cache, _: cache, cache, new)
     if sharding.mesh_kind() is None:
-        put = lambda row, piece, at: jax.lax.dynamic_update_slice_in_dim(row, piece, at, axis=1)  # noqa: E731
-        return jax.vmap(put)(cache, new, start)
+        one = lambda row, piece, at: jax.lax.dynamic_update_slice_in_dim(row, piece, at, axis=1)  # noqa: E731
+        return jax.vmap(one)(cache, new, start)
     # A scatter of rows has no sharding rule: on a mesh, compare positions instead and choose.
     start = sharding.place(start, "batch")
     offset = jnp.arange(cache.shape[2])[None, :] - start[:, None]  # (b, s)

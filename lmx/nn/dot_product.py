@@ -6,6 +6,8 @@ intermediate; "splash" and "cudnn" are the fused kernels of TPUs and NVIDIA GPUs
 and gradients up to rounding.
 
 Shapes: q (b, t, h, c), k and v (b, s, k, c) -> (b, t, h, c); h = k g, and query head i reads key-value head i // g.
+"reference" also takes values that all heads share, (b, s, r) -> (b, t, h, r).
+Values may be of another width, or (b, s, r) that all heads share (-> (b, t, h, r)), where "reference" computes.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def attention(
     else:
         visible = mask if mask is not None else seen.of(q.shape[1], k.shape[1], 0, 0, segment_ids, segment_ids)
         y = _block(q, k, v, visible, bias, scale, softcap)
-    return _ungroup(y)
+    return ungroup_heads(y)
 
 
 def choose(
@@ -131,19 +133,27 @@ def _check_fits(implementation: str, q: jax.Array, mask: jax.Array | None, chang
 
 def _group(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q (b, t, k, g, c); where a mesh splits query heads finer than key-value heads, the latter are repeated."""
-    (b, t, h, c), kv = q.shape, k.shape[2]
+    h, kv = q.shape[2], k.shape[2]
     if sharding.mesh_kind() is AxisType.Explicit:
         of_q, of_k = jax.typeof(q).sharding.spec, jax.typeof(k).sharding.spec
         if of_q[2] != of_k[2]:
             batch = of_k[0]
             repeat = lambda x: jnp.repeat(x, h // kv, axis=2, out_sharding=jax.P(batch, None, of_q[2], None))  # noqa: E731
-            k, v, kv = repeat(k), repeat(v), h
-        out = jax.P(of_q[0], None, of_q[2], None, None)
-        return jnp.reshape(q, (b, t, kv, h // kv, c), out_sharding=out), k, v
-    return q.reshape(b, t, kv, h // kv, c), k, v
+            k, v, kv = repeat(k), v if v.ndim == 3 else repeat(v), h
+    return group_heads(q, kv), k, v
 
 
-def _ungroup(y: jax.Array) -> jax.Array:
+def group_heads(q: jax.Array, kv_heads: int) -> jax.Array:
+    """q (b, t, h, c) by the key-value head that each of its heads reads: (b, t, k, g, c)."""
+    (b, t, h, c), out = q.shape, None
+    if sharding.mesh_kind() is AxisType.Explicit:
+        spec = jax.typeof(q).sharding.spec
+        out = jax.P(spec[0], None, spec[2], None, None)
+    return jnp.reshape(q, (b, t, kv_heads, h // kv_heads, c), out_sharding=out)
+
+
+def ungroup_heads(y: jax.Array) -> jax.Array:
+    """y (b, t, k, g, c) as (b, t, h, c)."""
     b, t, k, g, c = y.shape
     out = None
     if sharding.mesh_kind() is AxisType.Explicit:
@@ -190,6 +200,7 @@ class Seen:
 
 def _block(q, k, v, visible, bias, scale, softcap) -> jax.Array:
     """The whole softmax of queries (b, t, k, g, c) over keys (b, s, k, c) -> (b, t, k, g, c)."""
+    values = "bsc" if v.ndim == 3 else "bskc"
     scores = jnp.einsum("btkgc,bskc->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
@@ -201,9 +212,9 @@ def _block(q, k, v, visible, bias, scale, softcap) -> jax.Array:
     total = weight.sum(-1)  # (b, k, g, t)
     weight = weight.astype(v.dtype)
     if q.shape[1] == 1:  # in the other order XLA's CPU backend copies the values of one row, transposed, at every token
-        y = jnp.einsum("bkgts,bskc->bkgtc", weight, v, preferred_element_type=jnp.float32) / total[..., None]
+        y = jnp.einsum(f"bkgts,{values}->bkgtc", weight, v, preferred_element_type=jnp.float32) / total[..., None]
         return jnp.moveaxis(y, 3, 1).astype(q.dtype)
-    y = jnp.einsum("bkgts,bskc->btkgc", weight, v, preferred_element_type=jnp.float32)
+    y = jnp.einsum(f"bkgts,{values}->btkgc", weight, v, preferred_element_type=jnp.float32)
     return (y / jnp.moveaxis(total, -1, 1)[..., None]).astype(q.dtype)
 
 

@@ -4,6 +4,7 @@
     factorize_weight: one matrix; its mathematics                                  factorization.py, decompose.py
     moments: what a model's weights see                                            grams.py
     pivot, quantize, quantize_model: low rank without its freedom, int8            forms.py
+    share_latent: keys and values through one latent, all that the cache holds     latents.py
     fold, fold_value_bias, fold_embedding, untie, compose                          folds.py
     widen: parallel branches to train, which fold                                  branches.py
     fold_norms, norm_folds                                                         norms.py
@@ -20,6 +21,7 @@ from lmx.reparam.factorization import choose_ranks, decompose_model, factorize, 
 from lmx.reparam.folds import compose, fold, fold_embedding, fold_value_bias, untie
 from lmx.reparam.forms import pivot, quantize, quantize_model
 from lmx.reparam.grams import moments
+from lmx.reparam.latents import share_latent
 from lmx.reparam.layers import check_tower
 from lmx.reparam.lora import INITS, WITH_DATA, attach, detach, extract, matrix_paths, merge, rerank, unmerge
 from lmx.reparam.norms import fold_norms, norm_folds
@@ -60,6 +62,7 @@ __all__ = [
     "quantize_model",
     "rebuild",
     "rerank",
+    "share_latent",
     "unit_importance",
     "unmerge",
     "untie",

@@ -102,7 +102,7 @@ def quantize_model(model: Any, pattern: str = ".", group: int = 64) -> Any:
     leaves = [_quantized(w, spec, group) if hit.all() else w for (_, w, hit), spec in zip(found, told, strict=True)]
     if all(new is w for new, (_, w, _) in zip(leaves, found, strict=True)):
         raise ConfigError(f"path pattern {pattern!r} selects no matrix of floating-point numbers to quantize")
-    return _placed(jax.tree.unflatten(jax.tree.structure(model, is_leaf=weights.is_weight), leaves))
+    return placed(jax.tree.unflatten(jax.tree.structure(model, is_leaf=weights.is_weight), leaves))
 
 
 def _quantized(w: Any, spec: Any, group: int) -> Any:
@@ -118,7 +118,8 @@ def _quantized(w: Any, spec: Any, group: int) -> Any:
     return quantize(w, group, inputs=spec.inputs, copies=spec.leading)
 
 
-def _placed(model: Any) -> Any:
+def placed(model: Any) -> Any:
+    """A model (any tree that states its specs) laid out on the mesh in force, if there is one."""
     if sharding.concrete_mesh() is None:
         return model
     return jax.device_put(model, specs.shardings(specs.of(model)))

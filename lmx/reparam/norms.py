@@ -114,6 +114,8 @@ def _readers(model: Model, path: str) -> str | list[tuple[str, Any, str]]:
         if c.norm_placement == "post":
             return "its result is also the residual that goes on (norm_placement 'post')"
         part, names = READERS[name]
+        if part == "attention" and any(block.attention.latent is not None for block in _blocks(model, path)):
+            return "a shared latent reads it, of which keys and values are made (lmx.nn.latent.unshare it first)"
         return [(f"{tower}/{part}", getattr(block, part), field) for block in _blocks(model, path) for field in names]
     if path == "encoder/norm" and p.decoder is not None:
         crosses = [block.cross for block in _blocks(model, "decoder")]

@@ -259,7 +259,7 @@ def test_specs_like_reads_kinds_and_shapes_from_the_tree():
 
 
 SHARDED = (
-    "array", "LowRank", "LoRA over LowRank", "LowRank of LowRank", "Pivoted", "Quantized", "Pivoted of Quantized",
+    "array", "LowRank", "LoRA over LowRank", "LowRank of LowRank", "Pivoted", "Quantized",
     "Sum of array and LowRank",
 )  # fmt: skip
 

@@ -27,6 +27,14 @@ CONFIG = Config(
 is_weight = weights.is_weight
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Compile for compile time: these programs run a few times on tiny arrays."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def float64(x) -> np.ndarray:
     return np.asarray(x).astype(np.float64)
 
