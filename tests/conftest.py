@@ -41,6 +41,20 @@ def mesh(request):
         yield made
 
 
+MAPPINGS = 20_000  # of memory; Linux lets a process have 65530, and XLA crashes where it gets no more
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Every program that jax has compiled holds mappings of memory: let go of them before there are too many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+
+
 PATIENCE = 600  # seconds: what only keeps a test from hanging, on a machine that does much else
 
 

@@ -64,3 +64,21 @@ def test_benchmark(name, tmp_path):
     assert {"name", "ratio", "medians", "floor", "versions", "cases"} <= set(result)
     assert result["name"] == name and result["ratio"] > 0 and result["floor"] > 0 and result["cases"]
     assert all(seconds > 0 for seconds in result["medians"].values())
+
+
+@pytest.mark.slow
+def test_factorize_ladder(tmp_path):
+    """On a random model, for which methods differ little; what is checked is that every row is there."""
+    import jax
+
+    import lmx
+    from lmx.data.tokenizers import byte_tokenizer
+
+    config = lmx.preset("llama-tiny", vocab_size=257, hidden_size=32, intermediate_size=48, initializer_range=0.3)
+    lmx.save(lmx.init(config, jax.random.key(0)), tmp_path / "model", tokenizer=byte_tokenizer())
+    words = ("--quick", "--json", "--model", "model", "--results", "results")
+    result = json.loads(call("benchmarks/factorize_ladder.py", *words, cwd=tmp_path).splitlines()[-1])
+    assert result == json.loads((tmp_path / "results" / "factorize_ladder.json").read_text())
+    (half,) = result["cases"]
+    assert half["case"] == "50% removed" and result["ratio"] == half["ratio"] > 1
+    assert len(half["medians"]) == 8 and all(kl > 0 for kl in half["medians"].values())

@@ -38,12 +38,17 @@ def main(
     doc: str,
     contend: Callable[[str, str], Turn] | None,
     benchmark: Callable[[argparse.Namespace], dict[str, Any]],
+    **more: str,
 ) -> None:
-    """Parse the options, and be the benchmark or (started by `compete`) one of its contenders."""
+    """Parse the options, and be the benchmark or (started by `compete`) one of its contenders.
+
+    more: options of this benchmark, which take a word, and their help."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="little work, within a minute")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="write the JSON object, and plots, there too")
+    for name, text in more.items():
+        parser.add_argument(f"--{name}", help=text)
     parser.add_argument("--contend", nargs=2, metavar=("CASE", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contend:

@@ -138,7 +138,7 @@ def run(options: CompareOptions, console: Console | None = None) -> dict[str, An
     taken = [name for name in RESULTS if (output / name).exists()]
     if taken and not o.overwrite:
         raise FolderError(f"{output} holds {', '.join(taken)}; give --overwrite to replace them, or another --output")
-    source = derived.open_source(o.model if o.model is not None else _trained(console))
+    source = derived.open_source(o.model if o.model is not None else trained(console))
     source.model.require_next_token()
     given = Given(source.model, calibration.batches(source, o.data, o.tokens, o.seed, console, o.length), o)
     held_out = calibration.batches(source, o.data, o.test_tokens, o.seed, console, o.length, split="test")
@@ -216,7 +216,7 @@ def draw(rows: Sequence[dict[str, Any]], png: Path) -> None:
     figure.savefig(png, dpi=120)
 
 
-def _trained(console: Console) -> str:
+def trained(console: Console) -> str:
     """The run of `lmx train`, made if it is not there yet, gone on with if it was stopped."""
     folder = Path("runs/quick")
     if not (folder / "result.json").exists():

@@ -27,7 +27,7 @@ def test_help_explains_every_option(name, lmx):
     said = plain(done.out)
     kind = COMMANDS[name][0]
     for field in dataclasses.fields(kind):
-        positional = field.name in ("source", "target") or field.name == "model" and name != "train"
+        positional = field.name in ("source", "target") or field.name == "model" and name not in ("train", "compare")
         option = field.name.upper() if positional else f"--{field.name.replace('_', '-')}"
         after = said.partition("arguments" if positional else "options")[2].partition(f" {option} ")[2]
         assert len(after.split()) > 3, option
