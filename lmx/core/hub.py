@@ -52,14 +52,14 @@ def fetch(name: str, wanted: tuple[str, ...] = MODEL) -> Path:
     """
     try:
         import huggingface_hub
-        from huggingface_hub import errors
+        from huggingface_hub import constants, errors
     except ImportError as error:
         raise FolderError(
             f"there is no folder {name!r}; to fetch the model of this name from the Hugging Face hub, install the "
             "package huggingface_hub (pip install 'lmx[hf]')"
         ) from error
     cached = _cached(huggingface_hub, name, wanted)
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return _or_raise(cached, name, "HF_HUB_OFFLINE is set, so it is not asked for")
     answer = _within(SECONDS, lambda: huggingface_hub.HfApi().model_info(name, timeout=SECONDS / 2))
     if isinstance(answer, errors.RepositoryNotFoundError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import os
 import subprocess
 import sys
@@ -77,6 +78,7 @@ def hub_with(monkeypatch, *names: str) -> list[list[str]]:
         def model_info(self, name, timeout):
             return types.SimpleNamespace(siblings=[types.SimpleNamespace(rfilename=file) for file in names])
 
+    importlib.import_module("huggingface_hub.constants")  # not loaded with the package
     monkeypatch.setattr(package.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(package, "snapshot_download", snapshot_download)
     monkeypatch.setattr(package, "HfApi", Api)

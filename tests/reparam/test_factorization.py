@@ -5,7 +5,7 @@ import pytest
 
 import lmx
 from lmx import reparam
-from lmx.core import weights
+from lmx.core import sharding, weights
 from lmx.core.errors import ConfigError
 from lmx.core.kinds import LowRank, Pivoted
 from lmx.reparam import grams
@@ -145,13 +145,9 @@ def test_on_a_mesh(model, batches, mesh):
     small = reparam.factorize(placed, 0.5, batches, key=jax.random.key(1))
     assert jax.tree.structure(small) == jax.tree.structure(wanted)
     after = jax.device_put(wanted, lmx.specs.shardings(wanted.specs()))
+    place = sharding.named_sharding(("batch", "sequence"), tokens.shape, mesh)
     for made in (small, after):
-        got = jax.jit(lmx.logits)(
-            made,
-            jax.device_put(
-                tokens, jax.NamedSharding(mesh, jax.P(("data", "fsdp") if "data" in mesh.shape else "fsdp"))
-            ),
-        )
+        got = jax.jit(lmx.logits)(made, jax.device_put(tokens, place))
         np.testing.assert_allclose(got, expected, atol=2e-3)
 
 
