@@ -37,6 +37,20 @@ def test_train_lm(tmp_path):
 
 
 @pytest.mark.slow
+def test_distill(tmp_path):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 8))) for _ in range(500)]
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=9)) for _ in range(4000)))
+    said = call("distill.py", "--quick", "--data", "text.txt", cwd=tmp_path).splitlines()
+    assert said[0].startswith("teacher: ") and sum(line.startswith("seed") for line in said) == 8
+    arms = {line[:17].strip(): line[17:].split() for line in said[-4:]}
+    assert list(arms) == ["KD", "KD, T = 2", "CE, equal steps", "CE, equal FLOPs"]
+    steps = {name: int(words[0]) for name, words in arms.items()}
+    assert steps["KD"] == steps["CE, equal steps"] < steps["CE, equal FLOPs"]
+    assert "0 %" in " ".join(arms["CE, equal FLOPs"]) and "+-" in arms["CE, equal steps"]
+
+
+@pytest.mark.slow
 def test_translate(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"{n} and {n + 1}\n" for n in range(40)))
     (tmp_path / "b.txt").write_text("".join(f"{n + 1} und {n}\n" for n in range(40)))
