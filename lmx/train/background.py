@@ -75,14 +75,14 @@ def _end_saves(patience: float = 30.0) -> None:
 
     From Python 3.12 on no thread can be started any more by then, and orbax's threads wait for ever for others that
     could not be; the same for minutes where a save failed in another process. The checkpoints before are sound, and
-    what is left of this one is removed by the next start.
+    what is left of this one is removed by the next start, unless all of it was there and only its seal was not.
     """
     begun = [save for save in list(Save._begun or ()) if save.is_alive()]
     for save in begun:
         save.join(patience)
     lost = any(save.is_alive() or save.error is not None for save in begun)
     if lost:
-        print("lmx: the process ended before its last checkpoint was whole; call Checkpoints.close", file=sys.stderr)
+        print("lmx: the process ended while its last checkpoint was written; call Checkpoints.close", file=sys.stderr)
     if lost or Save._abandoned:
         sys.stdout.flush()
         sys.stderr.flush()

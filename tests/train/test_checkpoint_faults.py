@@ -312,7 +312,7 @@ def test_seals_name_files(tmp_path):
 
 
 def test_a_process_that_ends_without_closing_does_end(tmp_path):
-    """Python 3.11 lets the save finish; newer ones cannot, and say so. What was there before is sound."""
+    """Python 3.11 lets the save finish; newer ones may not, and say so. What was there before is sound."""
     save(tmp_path, 1)
     code = (
         "import sys, numpy as np\nfrom lmx.train.checkpoints import Checkpoints\n"
@@ -323,8 +323,13 @@ def test_a_process_that_ends_without_closing_does_end(tmp_path):
         [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=environment, timeout=300
     )
     finished = Checkpoints(tmp_path).latest() == 2
-    assert done.returncode == (3 if finished else 1), done.stderr
-    assert finished or "ended before its last checkpoint was whole" in done.stderr
+    if done.returncode == 3:  # as the program wished
+        assert finished, done.stderr
+    else:  # it may have lacked no more than its seal
+        assert done.returncode == 1, done.stderr
+        assert "ended while its last checkpoint was written" in done.stderr
+    if finished:
+        assert (Checkpoints(tmp_path).restore({"a": np.ones(1 << 22)}, step=2)[0]["a"] == 0).all()
     assert is_state(Checkpoints(tmp_path).restore(state(0), step=1)[0], 1)
     save(tmp_path, 3)
     assert names(tmp_path) == (["2", "3"] if finished else ["1", "3"])
