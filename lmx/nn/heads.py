@@ -55,12 +55,18 @@ class Readout:
     def logits(self, features: jax.Array) -> jax.Array:
         """(b, t, d) -> (b, t, v) float32."""
         x = self.hidden(features)
-        if self.head.out is not None:
-            y = weights.einsum("btd,dv->btv", x, self.head.out, jnp.float32)
-        elif self.table is not None:
-            y = weights.einsum("btd,vd->btv", x, self.table, jnp.float32)
-        else:
+        if self.head.out is None and self.table is None:
             return x.astype(jnp.float32)
+        return self.finished(self.products(x))
+
+    def products(self, x: jax.Array) -> jax.Array:
+        """(b, t, e) -> (b, t, v) float32: the products with the head's matrix, or with the token table."""
+        if self.head.out is not None:
+            return weights.einsum("btd,dv->btv", x, self.head.out, jnp.float32)
+        return weights.einsum("btd,vd->btv", x, self.table, jnp.float32)
+
+    def finished(self, y: jax.Array) -> jax.Array:
+        """(b, t, v) -> (b, t, v): products scaled, biased and capped, each by itself."""
         if self.scale != 1.0:
             y = y * self.scale
         if self.head.out_bias is not None:

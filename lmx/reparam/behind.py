@@ -34,18 +34,20 @@ def target(weight: np.ndarray, now: np.ndarray, across: np.ndarray) -> tuple[np.
 
 def walk_behind(
     model: Model,
+    changed_model: Model,
     batches: Sequence[Batch],
     chosen: Sequence[Site],
     fit: Callable[[Pairs], dict[str, np.ndarray]],
 ) -> None:
     """Go through the layers with the batches twice, as they are and behind layers that change on the way.
 
+    changed_model: the model whose ends the changed layers stand behind.
     fit: for each layer from the first to the last, the moments of its chosen matrices to the matrices (m, n) that take
     their place for the layers behind.
     """
-    before, behind = Walk(model, batches), Walk(model, batches)
+    before, behind = Walk(model, batches), Walk(changed_model, batches)
     for tower, layers in before.layers.items():
-        xs = zs = before.enter(tower)
+        xs, zs = before.enter(tower), behind.enter(tower)
         for i, block in enumerate(layers):
             here = [site for site in chosen if (site.tower, site.layer) == (tower, i)]
             new_block = block

@@ -243,23 +243,32 @@ def rebuild(
 
     batches: with them, the layers are rebuilt from the first to the last, each matrix fitted to what it gave by what it
     now reads: under A = E[z' z] and C = E[z' x], where x went into it before and z does behind the factorized layers,
-    the matrix decomposed is A^(-1) C W. `parts` then are those of `decompose_model(sequential=True)`.
+    the matrix decomposed is A^(-1) C W (not those at the ends, `embed/tokens` and `head/out`). `parts` then are those
+    of `decompose_model(sequential=True)`.
     """
     check_form(form)
     made = {p: part.decomposition.truncate(ranks[p]) for p, part in parts.items() if ranks[p] is not None}
     if batches:
-        made = _sequential(model, parts, ranks, batches, method)
-    apart = stacks.unstack(model)
+        at_ends = {path: pair for path, pair in made.items() if parts[path].site.layer is None}
+        behind_ends = _with(stacks.unstack(model), parts, at_ends, form)
+        made |= _sequential(model, behind_ends, parts, ranks, batches, method)
+    return finished(_with(stacks.unstack(model), parts, made, form), max_stacks)
+
+
+def _with(apart: Model, parts: Parts, made: Mapping[str, tuple[np.ndarray, np.ndarray]], form: str) -> Model:
+    """The unstacked model with pairs of factors, by path, in the places of its matrices."""
 
     def one(path: str, w: Any) -> Any:
         if path not in made:
             return w
-        return jax.tree.map(lambda x: x[None], _formed(*made[path], weights.dense(w)[0], parts[path].site.inputs, form))
+        site, whole = parts[path].site, weights.dense(w)
+        if site.layer is None:
+            return _formed(*made[path], whole, site.inputs, form)
+        return jax.tree.map(lambda x: x[None], _formed(*made[path], whole[0], site.inputs, form))
 
     named = tree.paths(apart, weights.is_weight)
     leaves = [one(str(path), w) for path, w in named]
-    built = jax.tree.unflatten(jax.tree.structure(apart, is_leaf=weights.is_weight), leaves)
-    return finished(built, max_stacks)
+    return jax.tree.unflatten(jax.tree.structure(apart, is_leaf=weights.is_weight), leaves)
 
 
 def _say(report: Report, path: str, text: str) -> None:
@@ -280,10 +289,11 @@ class _Matrices:
 
     def __init__(self, model: Model) -> None:
         named = tree.paths(stacks.unstack(model), weights.is_weight)
-        self.weights = {str(path): w for path, w in named}
+        self.weights = {str(path): (w, path.layers is not None) for path, w in named}
 
     def __getitem__(self, path: str) -> np.ndarray:
-        return np.asarray(weights.dense(self.weights[path])[0], np.float64)
+        w, of_layer = self.weights[path]
+        return np.asarray(weights.dense(w)[0] if of_layer else weights.dense(w), np.float64)
 
 
 def _formed(a: np.ndarray, b: np.ndarray, like: Any, inputs: int, form: str) -> Any:
@@ -328,11 +338,16 @@ def _runs(model: Model, parts: Parts, price: ranks_of.Price, grid: int | None) -
             first += n * len(period)
         curves.append(tower_curves)
         names.append(tower_names)
+    for part in (part for part in parts.values() if part.site.layer is None):  # each by itself
+        curves.append([[{part.site.path: ranks_of.curve(part.decomposition, price, grid)}]])
+        names.append([[{part.site.path: part.site.path}]])
     return curves, names
 
 
-def _sequential(model, parts, ranks, batches, method) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The factors of every matrix, fitted behind the factorized layers before it."""
+def _sequential(model, changed, parts, ranks, batches, method) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The factors of every matrix in the layers, fitted behind the factorized layers before it.
+
+    changed: the model behind whose ends they are."""
     arrays, made = _Matrices(model), {}
     by_input = "input" in METHODS[method][0]
 
@@ -343,5 +358,6 @@ def _sequential(model, parts, ranks, batches, method) -> dict[str, tuple[np.ndar
             made[path] = decompose(wanted, under if by_input else None, part.output).truncate(ranks[path])
         return {path: made[path][0] @ made[path][1] for path in seen}
 
-    behind.walk_behind(model, batches, [p.site for path, p in parts.items() if ranks[path] is not None], fit)
+    chosen = [p.site for path, p in parts.items() if ranks[path] is not None and p.site.layer is not None]
+    behind.walk_behind(model, changed, batches, chosen, fit)
     return made

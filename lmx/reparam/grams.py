@@ -7,14 +7,15 @@ Calibration batches go forward once, and back once where gradients are wanted: l
 layer before the next, so that the moments of one layer and the batches' activations are all that is in memory. The
 gradient is that of -log p(y) for labels y drawn from the model's own distribution, whose second moments are the Fisher
 information (Martens and Grosse 2015, section 2); a model without one has noise of unit variance on what it gives. Heads
-that share keys and values need nothing of their own: a weight's axes are flattened to (m, n).
+that share keys and values need nothing of their own: a weight's axes are flattened to (m, n). The table of token
+vectors and the head's matrix are seen in `lmx.reparam.ends`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,24 +26,22 @@ from lmx.core import sharding, tree, weights
 from lmx.core.errors import ConfigError, nearest
 from lmx.core.kinds import Sum
 from lmx.models import stacks
-from lmx.models.protocol import split_chunks
 from lmx.models.transformer import Model
-from lmx.nn import heads
-from lmx.reparam.walk import Batch, Matrix, Walk, gram, leave, real, shown
+from lmx.reparam import ends
+from lmx.reparam.walk import Batch, Matrix, Walk, gram, real, shown
 
 LINEARS = "/(attention|cross|mlp)/(query|key|value|out|gate|up|down)$"
 GRADIENTS = ("output", "fisher")
 KINDS = ("input", "absolute", *GRADIENTS)
-CHUNK = 64  # positions whose labels are drawn at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A matrix of a model: one weight of one layer."""
+    """A matrix of a model: one weight of one layer, or one at its ends."""
 
-    path: str  # such as decoder/layers[3]/mlp/up
-    tower: str  # decoder or encoder
-    layer: int
+    path: str  # such as decoder/layers[3]/mlp/up, or embed/tokens
+    tower: str  # decoder or encoder; embed or head at the ends
+    layer: int | None
     inputs: int  # how many of its axes are inputs
     matrix: Matrix
 
@@ -53,7 +52,10 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Means over the tokens that were seen, in float64; what was not wanted is None."""
+    """Means over the tokens that were seen, in float64; what was not wanted is None.
+
+    On the side of a vocabulary, of `input` and `output` there is the diagonal (v,).
+    """
 
     tokens: int
     input: np.ndarray | None = None  # E[x' x], (m, m)
@@ -63,9 +65,9 @@ class Moments:
 
 
 def sites(model: Model, pattern: str = LINEARS) -> list[Site]:
-    """The matrices in the model's layers that a path pattern selects, in order.
+    """The matrices that a path pattern selects, in order: of the model's layers, `embed/tokens` and `head/out`.
 
-    Raises ConfigError if it selects nothing, or what is no matrix of a layer.
+    Raises ConfigError if it selects nothing, or what is none of these.
     """
     model = stacks.unstack(model)
     found = []
@@ -73,15 +75,17 @@ def sites(model: Model, pattern: str = LINEARS) -> list[Site]:
     for (path, leaf, hit), spec in zip(tree.matches(model, pattern, weights.is_weight), axes, strict=True):
         if not hit.all():
             continue
-        inputs = _inputs(leaf, spec)
-        if path.layers is None or inputs is None:
+        inputs, at_end = _inputs(leaf, spec), str(path) in ends.paths(model)
+        if inputs is None or path.layers is None and not at_end:
             raise ConfigError(
-                f"path pattern {pattern!r} selects {path}, which is no matrix of a layer; the default is {LINEARS!r}"
+                f"path pattern {pattern!r} selects {path}, which is no matrix of a layer, nor one of "
+                f"{' and '.join(ends.paths(model))}; the default is {LINEARS!r}"
             )
-        shape = leaf.shape[1:]
+        shape = leaf.shape if at_end else leaf.shape[1:]
         sides = int(np.prod(shape[:inputs])), int(np.prod(shape[inputs:]))
-        name = "/".join(path.parts[path.at + 1 :])
-        found.append(Site(str(path), path.parts[0], path.layers[0], inputs, Matrix(name, sides)))
+        name = str(path) if at_end else "/".join(path.parts[path.at + 1 :])
+        layer = None if at_end else path.layers[0]
+        found.append(Site(str(path), path.parts[0], layer, inputs, Matrix(name, sides)))
     return found
 
 
@@ -99,7 +103,8 @@ def moments(
       Equal shapes are compiled once. On a mesh they are laid out as the rules say, and sums are over all of them.
     want: of "input", "absolute", "output", "fisher". The last two go back through the model, and layers then come from
       the last to the first. key: for the labels that are drawn.
-    Raises ConfigError for batches without tokens, or a kind of moments that there is not.
+    Raises ConfigError for batches without tokens, a kind of moments that there is not, or for others than "input" with
+    "output" of a table that serves as the head's matrix too.
     """
     for kind in want:
         if kind not in KINDS:
@@ -110,6 +115,11 @@ def moments(
     wanted: Wanted = {}
     for site in sites(model, pattern):
         wanted.setdefault((site.tower, site.layer), []).append(site)
+    if ("embed", None) in wanted and ends.is_tied(model) and set(want) != {"input", "output"}:
+        raise ConfigError(
+            f"{ends.TABLE} is the head's matrix too: moments of its inputs alone say nothing of that use; ask for "
+            "'input' and 'output' (the method 'two-sided'), or leave it out"
+        )
     if set(want) & set(GRADIENTS):
         yield from _backward(walk, wanted, tuple(want), jax.random.key(0) if key is None else key)
     else:
@@ -125,11 +135,13 @@ def _inputs(w: Any, spec: Any) -> int | None:
     return len(w.inputs) if isinstance(w.inputs, tuple) else w.inputs
 
 
-Wanted = dict[tuple[str, int], list[Site]]  # by tower and layer
+Wanted = dict[tuple[str, int | None], list[Site]]  # by tower and layer
 
 
 def _forward(walk: Walk, wanted: Wanted, want: tuple[str, ...]) -> Iterator[dict[str, Moments]]:
     """Moments of inputs, from the first layer to the last."""
+    if ("embed", None) in wanted:
+        yield {ends.TABLE: _of_table(ends.seen_by_table(walk, tower, None, want) for tower in walk.layers)}
     for tower, layers in walk.layers.items():
         xs = walk.enter(tower)
         for i, block in enumerate(layers):
@@ -138,6 +150,8 @@ def _forward(walk: Walk, wanted: Wanted, want: tuple[str, ...]) -> Iterator[dict
                 yield _observed(walk, tower, block, xs, [jnp.zeros_like(x) for x in xs], here, want)[0]
             xs = walk.step(tower, block, xs)
         walk.leave(tower, xs)
+    if ("head", None) in wanted:
+        yield {ends.OUT: _means(ends.seen_by_head(walk, xs, want))}
 
 
 def _backward(walk: Walk, wanted: Wanted, want: tuple[str, ...], key: jax.Array) -> Iterator[dict[str, Moments]]:
@@ -149,15 +163,24 @@ def _backward(walk: Walk, wanted: Wanted, want: tuple[str, ...], key: jax.Array)
             entered[tower].append(walk.step(tower, block, entered[tower][-1]))
         walk.leave(tower, entered[tower][-1])
     of_memory, keys = [None] * len(walk.batches), jax.random.split(key, len(walk.batches))
+    of_table, as_head, table = [], None, ("embed", None) in wanted
+    if ("head", None) in wanted or table and ends.is_tied(walk.shell):
+        as_head = _means(ends.seen_by_head(walk, entered[tower][-1], want))
+    if ("head", None) in wanted:
+        yield {ends.OUT: as_head}
     for tower, layers in reversed(walk.layers.items()):
-        ends = zip(entered[tower].pop(), walk.batches, of_memory, keys, strict=True)
-        gs = [sharding.alone(_begin_back(walk.shell, tower, *end)) for end in ends]
+        last = zip(entered[tower].pop(), walk.batches, of_memory, keys, strict=True)
+        gs = [sharding.alone(ends.begin_back(walk.shell, tower, *end)) for end in last]
         for i, block in reversed(list(enumerate(layers))):
             here = wanted.get((tower, i), [])
             seen, gs, more = _observed(walk, tower, block, entered[tower].pop(), gs, here, want)
             of_memory = [b if a is None else a if b is None else a + b for a, b in zip(of_memory, more, strict=True)]
             if here:
                 yield seen
+        if table:
+            of_table.append(ends.seen_by_table(walk, tower, gs, want))
+    if table:
+        yield {ends.TABLE: _of_table(of_table, as_head if ends.is_tied(walk.shell) else None)}
 
 
 def _observed(walk: Walk, tower: str, block: Any, xs: list, gs: list, sites: list[Site], want: tuple[str, ...]):
@@ -170,6 +193,20 @@ def _observed(walk: Walk, tower: str, block: Any, xs: list, gs: list, sites: lis
         back.append(made[1])
         of_memory.append(made[2])
     return {site.path: _means(total[site.matrix.name]) for site in sites}, back, of_memory
+
+
+def _of_table(sums: Iterable[dict[str, jax.Array]], as_head: Moments | None = None) -> Moments:
+    """The moments of the table of token vectors over all towers, and of its use as the head's matrix.
+
+    Of two uses, A1 x G1 and A2 x G2 as Kronecker products, the product that has their sum's partial traces is taken.
+    """
+    seen = _means(functools.reduce(functools.partial(jax.tree.map, jnp.add), sums))
+    if as_head is None:
+        return seen
+    mine, its = np.trace(seen.output), np.trace(as_head.input)
+    inner = seen.input * mine + as_head.output * its
+    outer = seen.output * seen.input.sum() + as_head.input * as_head.output.sum()
+    return dataclasses.replace(seen, input=inner, output=outer / inner.sum())
 
 
 def _means(sums: dict[str, jax.Array]) -> Moments:
@@ -200,52 +237,3 @@ def _sums(runs: Sequence[tuple[jax.Array, jax.Array]], here: jax.Array, want: tu
         for name in want:
             sums[name] = sums.get(name, 0.0) + made[name]()
     return sums
-
-
-@functools.partial(jax.jit, static_argnames="tower")
-def _begin_back(shell: Model, tower: str, x: jax.Array, batch: Batch, of_memory: Any, key: jax.Array) -> jax.Array:
-    """The gradient at what the last layer gives (b, t, d); of_memory: that of an encoder's memory, where it is one."""
-    features, pull = jax.vjp(lambda x: leave(shell, tower, x), x)
-    if of_memory is not None:
-        return pull(of_memory)[0]
-    return pull(_drawn(shell, features, batch, key).astype(features.dtype))[0]
-
-
-def _drawn(shell: Model, features: jax.Array, batch: Batch, key: jax.Array) -> jax.Array:
-    """(b, t, d): the gradient of -log p(y) at the features, for labels y drawn from the model's own p."""
-    kind, here, segments = shell.config.head, real(batch), batch.get("segment_ids")
-    if kind in ("lm", "tokens"):
-        return draw_labels(shell.readout(), features, key)[0] * here[..., None].astype(features.dtype)
-    if kind == "none":  # vectors: those of sentences, as `lmx.embed_sentences` makes them
-        give = lambda f: _unit(heads.pool(f.astype(jnp.float32), "mean", segments))  # noqa: E731
-    else:
-        give = lambda f: shell.read(f, segments)  # noqa: E731
-    made, pull = jax.vjp(give, features)
-    if kind == "sequence":
-        label = jax.random.categorical(key, made, axis=-1)
-        return pull(jax.nn.softmax(made) - jax.nn.one_hot(label, made.shape[-1]))[0]
-    noise = jax.random.normal(key, made.shape, made.dtype)
-    return pull(noise * here[..., None] if kind == "spans" else noise)[0]
-
-
-def _unit(x: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
-
-
-def draw_labels(readout: Any, features: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(the gradient of -log p(y) at features (b, t, d), y (b, t)) for labels y drawn from p, a label a position.
-
-    CHUNK positions at a time, so that logits are never held whole."""
-    b, t, _ = features.shape
-    pieces = split_chunks(features, min(CHUNK, t))
-
-    def one(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits, pull = jax.vjp(readout.logits, piece[0])
-        whole = sharding.place(logits, "batch", None, None)
-        label = jax.random.categorical(piece[1], whole, axis=-1)
-        g = jax.nn.softmax(whole) - (jnp.arange(whole.shape[-1]) == label[..., None])
-        return pull(sharding.place(g, "batch", None, "vocab"))[0], label
-
-    made = jax.lax.map(one, (pieces, jax.random.split(key, len(pieces))))  # each (chunks, b, chunk, ...)
-    whole = lambda x: jnp.moveaxis(x, 0, 1).reshape(b, -1, *x.shape[3:])[:, :t]  # noqa: E731
-    return whole(made[0]), whole(made[1])

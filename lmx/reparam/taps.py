@@ -18,7 +18,7 @@ from lmx.core.nodes import node
 
 @node
 class Tap(weights.Weight):
-    """A weight (inputs..., outputs...) of any kind, multiplied once, with x (b, t, ...)."""
+    """A weight (inputs..., outputs...) of any kind, multiplied once, with x (b, t, ...), or looked up by ids (b, t)."""
 
     base: Any
     x: Any  # (b, t, m) zeros, m the product of the input axes, or None
@@ -35,6 +35,10 @@ class Tap(weights.Weight):
     def einsum(self, subscripts: str, x: jax.Array, dtype: Any = None) -> jax.Array:
         x = x if self.x is None else _show_value(x, self.x)
         y = weights.einsum(subscripts, x, self.base, dtype)
+        return y if self.y is None else _show_gradient(y, self.y)
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        y = weights.take(ids, self.base)
         return y if self.y is None else _show_gradient(y, self.y)
 
     def dense(self) -> jax.Array:

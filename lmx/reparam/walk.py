@@ -54,7 +54,7 @@ class Walk:
 
     def enter(self, tower: str) -> list[jax.Array]:
         """What each batch brings to the first layer."""
-        return [sharding.alone(_enter(self.shell, tower, batch)) for batch in self.batches]
+        return [sharding.alone(enter(self.shell, tower, batch)) for batch in self.batches]
 
     def step(self, tower: str, block: Any, xs: Sequence[jax.Array]) -> list[jax.Array]:
         """What each batch brings to the next layer."""
@@ -84,6 +84,19 @@ def real(batch: Batch, tower: str = "decoder") -> jax.Array:
     tokens = batch["encoder_tokens" if of_encoder else "tokens"]
     segments = batch.get("encoder_segment_ids" if of_encoder else "segment_ids")
     return jnp.ones(tokens.shape, jnp.float32) if segments is None else (segments != 0).astype(jnp.float32)
+
+
+def given(shell: Model, tower: str, batch: Batch) -> tuple:
+    """Tokens, segments, positions and types as the tower reads them."""
+    if tower == "encoder" and shell.config.architecture == "encoder_decoder":
+        return batch["encoder_tokens"], batch.get("encoder_segment_ids"), None, None
+    return batch["tokens"], batch.get("segment_ids"), batch.get("positions"), batch.get("types")
+
+
+@functools.partial(jax.jit, static_argnames="tower")
+def enter(shell: Model, tower: str, batch: Batch) -> jax.Array:
+    """What a batch brings to a tower's first layer (b, t, d)."""
+    return shell.enter_tower(tower, *given(shell, tower, batch))[0]
 
 
 @functools.partial(jax.jit, static_argnames="tower")
@@ -129,11 +142,6 @@ def gram(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="tower")
-def _enter(shell: Model, tower: str, batch: Batch) -> jax.Array:
-    return shell.enter_tower(tower, *_given(shell, tower, batch))[0]
-
-
-@functools.partial(jax.jit, static_argnames="tower")
 def _step(shell: Model, tower: str, block: Any, x: jax.Array, batch: Batch, memory: Any) -> jax.Array:
     one = _layer(shell, tower, batch, memory)
     for _ in range(getattr(shell.params, tower).repeats):
@@ -141,18 +149,11 @@ def _step(shell: Model, tower: str, block: Any, x: jax.Array, batch: Batch, memo
     return x
 
 
-def _given(shell: Model, tower: str, batch: Batch) -> tuple:
-    """Tokens, segments, positions and types as the tower reads them."""
-    if tower == "encoder" and shell.config.architecture == "encoder_decoder":
-        return batch["encoder_tokens"], batch.get("encoder_segment_ids"), None, None
-    return batch["tokens"], batch.get("segment_ids"), batch.get("positions"), batch.get("types")
-
-
 def _layer(shell: Model, tower: str, batch: Batch, memory: Any) -> Callable[[Any, jax.Array], jax.Array]:
     """One layer as a function of its block and x (b, t, d)."""
-    given = _given(shell, tower, batch)
-    x, about = shell.enter_tower(tower, *given)
-    mask = None if memory is None else memory_mask(given[0], given[1], batch.get("encoder_segment_ids"))
+    read = given(shell, tower, batch)
+    x, about = shell.enter_tower(tower, *read)
+    mask = None if memory is None else memory_mask(read[0], read[1], batch.get("encoder_segment_ids"))
     return blocks.layer(
         shell.config.tower(tower), getattr(shell.params, tower), length=x.shape[1], memory=memory, memory_mask=mask,
         **about,
