@@ -25,6 +25,7 @@ def blocks() -> list[tuple[int, str]]:
     return [(text[: match.start()].count("\n") + 1, match.group(1)) for match in found]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not blocks(), reason="README.md has no python block")
 @pytest.mark.parametrize("line, code", [pytest.param(*block, id=f"line {block[0]}") for block in blocks()])
 def test_the_readme_runs_as_it_stands(line, code, tmp_path, monkeypatch):
@@ -41,6 +42,7 @@ def model():
     return lmx.init(lmx.preset("llama-tiny", vocab_size=64), jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_ten_lines(model, tmp_path):
     """Save, load, logits, generate, and training steps in a loop, a jit and an optimizer that are not lmx's."""
     lmx.save(model, tmp_path / "model")
@@ -71,6 +73,7 @@ def test_ten_lines(model, tmp_path):
     assert new.tolist() == [[3, 4, 0, 1, 2, 3]]
 
 
+@pytest.mark.slow
 def test_everything_works_inside_somebody_elses_jit(model):
     tokens = jnp.arange(12).reshape(2, 6)
     np.testing.assert_allclose(jax.jit(lmx.logits)(model, tokens), lmx.logits(model, tokens), atol=1e-5)

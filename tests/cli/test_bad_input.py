@@ -90,6 +90,7 @@ def test_heads_that_do_not_divide():
         library.preset("llama-tiny", num_kv_heads=3)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_does_not_fit_the_model(lmx, model_copy, text):
     words = (text / "prose" / "0.txt").read_text()
     train_bpe([words], 300).save(model_copy)

@@ -113,6 +113,7 @@ def test_generate_prints_the_text_and_gives_it_again(run, lmx):
     assert lmx(*words[:-1], "4", "--json").result["texts"] != [text]
 
 
+@pytest.mark.slow
 def test_generate_without_chance_is_the_likeliest_continuation(run, lmx):
     model, tokenizer = library.load(run / "model"), library.load_tokenizer(run / "model")
     done = lmx("generate", run, "--prompt", "ab", "--max-new-tokens", "6", "--temperature", "0", "--json")

@@ -63,6 +63,7 @@ def test_the_folder_holds_what_was_said(trained):
     assert not list(folder.rglob("*.pkl"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_run_goes_on_with_the_same_numbers(trained, hurts, shell, tiny, tmp_path):
     hurt = hurts({"at": "step", "number": 7, "signal": signal.SIGINT, "mark": "interrupted"})
     done = shell(*tiny, "--output", "stopped", "--json", cwd=tmp_path, **hurt)
@@ -83,6 +84,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_with_the_same_numbers(trained, hurts, 
     assert {name: done.result[name] for name in same} == {name: trained[1].result[name] for name in same}
 
 
+@pytest.mark.slow
 def test_another_objective_says_what_it_measures(shell, text, tmp_path):
     words = "train --objective masked --tokenizer byte --model llama-tiny --batch-size 4 --length 32 --steps 3 --json"
     done = shell(*words.split(), "--data", text, "--output", "encoder", cwd=tmp_path)
@@ -93,6 +95,7 @@ def test_another_objective_says_what_it_measures(shell, text, tmp_path):
     assert library.load(tmp_path / "encoder" / "model").config.architecture == "encoder"
 
 
+@pytest.mark.slow
 def test_init_and_train_change_only_what_the_pattern_names(run, text, shell, tmp_path):
     words = f"--init {run} --train mlp/ --data {text} --steps 3 --batch-size 4 --length 32 --output tuned --json"
     done = shell("train", *words.split(), cwd=tmp_path)

@@ -41,6 +41,7 @@ def test_one_beam_is_greedy_search(trigram):
     np.testing.assert_allclose(got.scores[:, 0], wanted.log_probs.sum(1) / wanted.lengths, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_ragged_batch_is_its_rows_alone_and_scores_are_the_models(trigram, steps):
     model, options = trigram(), dict(max_new_tokens=7, num_beams=3, num_return_sequences=3, eos_id=[4, 6], pad_id=9)
     padded = np.where(np.arange(5) < LENGTHS[:, None], PROMPTS, 8)

@@ -47,6 +47,7 @@ def test_greedy_and_drafted_tokens_are_those_of_full_passes(given, greedy):
     np.testing.assert_array_equal(made.tokens, greedy)
 
 
+@pytest.mark.slow
 def test_beams_share_the_source_of_their_row(given, greedy):
     options = dict(max_new_tokens=NEW, num_return_sequences=3, eos_id=5)
     got = beam_search(given, BEGIN, num_beams=3, **options)

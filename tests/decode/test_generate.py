@@ -45,6 +45,7 @@ def test_the_test_model_is_a_language_model(trigram):
     assert isinstance(trigram(), LanguageModel)
 
 
+@pytest.mark.slow
 def test_greedy_is_the_argmax_of_full_passes_also_in_a_ragged_batch(trigram):
     model = trigram()
     made = generate(model, PROMPTS, lengths=LENGTHS, max_new_tokens=9)
@@ -196,6 +197,7 @@ def test_inside_somebody_elses_jit(trigram):
     np.testing.assert_array_equal(inside(model, PROMPTS, LENGTHS, 0.7, KEY), outside)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("explicit", [True, False])
 def test_on_a_mesh_as_on_one_device(explicit):
     if jax.device_count() < 8:

@@ -124,6 +124,7 @@ TOKENS = np.tile(np.random.default_rng(0).integers(0, 6, (2, 9)), (2, 1))  # few
 OPTIONS = dict(lengths=np.array([9, 4, 9, 4]), max_new_tokens=6)
 
 
+@pytest.mark.slow
 def test_transformers_take_back_their_caches_row_by_row(pair):
     model, small = pair
     wanted = generate(model, TOKENS, **OPTIONS)

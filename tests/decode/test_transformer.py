@@ -107,6 +107,7 @@ def test_a_unigram_and_a_transformer_are_generated_from_alike():
         assert made.tokens.shape == (3, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("explicit", [True, False])
 def test_on_a_mesh_as_on_one_device(model, explicit):
     if jax.device_count() < 8:

@@ -61,6 +61,7 @@ def test_greedy(both):
     assert (np.asarray(whole[1:]) != wanted[1:]).any() and (np.asarray(whole[0]) == wanted[0]).all()
 
 
+@pytest.mark.slow
 def test_beam_search(both):
     theirs, ours = both
     options = dict(num_beams=4, num_return_sequences=3, length_penalty=0.6)

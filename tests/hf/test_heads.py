@@ -84,6 +84,7 @@ def test_the_head_is_drawn_from_its_specs():
     assert jax.tree.map(lambda x: (x.shape, x.dtype), wanted) == found
 
 
+@pytest.mark.slow
 def test_sharded_is_unsharded(mesh):
     config = lmx.preset("llama-tiny", architecture="encoder")
     with sharding.use_mesh(None):
@@ -95,6 +96,7 @@ def test_sharded_is_unsharded(mesh):
     np.testing.assert_allclose(jax.jit(lmx.logits)(model, TOKENS), wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_cannot_be():
     key, model = jax.random.key(0), lmx.init(lmx.preset("llama-tiny"), jax.random.key(0))
     with pytest.raises(ConfigError, match="head 'sequences' is none of lm, sequence, tokens, spans; did you mean"):

@@ -81,6 +81,7 @@ def step(model, state, tokens):
     return model.step(state, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS + BOTH)
 def test_steps_equal_the_whole(models, name):
     model = models[name]

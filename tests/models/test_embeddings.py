@@ -146,6 +146,7 @@ def pairs() -> list[tuple[float, str, str]]:
     return [(float(row[4]), row[5], row[6]) for row in rows]
 
 
+@pytest.mark.slow
 def test_minilm_is_as_in_transformers(minilm, pairs):
     """Every tenth pair: embeddings within 1e-5 of torch's, tokenizer, padding and pool included."""
     torch = pytest.importorskip("torch", reason="the oracle is MiniLM in torch; install the extra 'oracle'")

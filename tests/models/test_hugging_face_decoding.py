@@ -65,6 +65,7 @@ def test_beam_search(hugging_face, name, options):
         assert (np.asarray(got.lengths) < NEW).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, eos_id", [("gpt2", 33), ("gpt2", [7, 33]), ("llama tied", 33)])
 def test_greedy(hugging_face, name, eos_id):
     theirs, ours = converted(hugging_face, name)

@@ -87,6 +87,7 @@ def of_transformers(theirs, lengths, new, **options) -> np.ndarray:
     return made[:, width:].numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "lengths", "new"), [
     ("dynamic", (6, 4), 10), ("dynamic", (20, 9), 8), ("longrope", (6, 4), 7), ("longrope", (13, 5), 8),
 ])  # fmt: skip

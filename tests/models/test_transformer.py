@@ -80,6 +80,7 @@ def factorized(model: Model) -> Model:
     return stacks.restack(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_is_a_language_model(models, name):
     model = models[name]
@@ -108,6 +109,7 @@ def test_score_is_a_gather_from_the_log_probabilities(models, name):
     np.testing.assert_allclose(models[name].score(TOKENS), wanted, **CLOSE)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing(models):
     model = models["llama"]
     found = {
@@ -139,6 +141,7 @@ def test_remat_dots_keeps_the_products_with_weights(dtype):
     assert counted["full"] - counted["dots"] > 0.9 * products * 6 / 7  # the last one's result is needed by nobody
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_a_scan_equals_single_layers(models, remat):
     model = models["gpt2"].replace(config=CONFIGS["gpt2"].replace(remat=remat))
@@ -217,6 +220,7 @@ def test_more_tokens_than_learned_positions(models):
     assert models["llama"].logits(long).shape == (1, 17, 53)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(models):
     model = models["llama"]
     rough = model.replace(config=model.config.replace(compute_dtype="bfloat16"))
@@ -233,6 +237,7 @@ def described(specs) -> list:
     return [(str(path), s.shape, s.dtype) for path, s in tree.paths(specs)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_specs_state_the_structure(models, name):
     model = models[name]
@@ -259,6 +264,7 @@ def test_specs_state_the_structure(models, name):
     assert model_specs(model) == jax.tree.map(lambda s: s.replace(), transformer.abstract(model.config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_factorized_model_is_a_model(models, name):
     """No line of the model knows the kinds: logits, gradients and steps equal those of the folded model."""
@@ -322,6 +328,7 @@ def test_equal_configs_hit_the_jit_cache(models):
     assert len(traces) == 2
 
 
+@pytest.mark.slow
 def test_init_draws_residual_outputs_smaller():
     """Radford et al. 2019: what writes to the residual stream is divided by sqrt(2 layers)."""
     model = transformer.init(CONFIGS["llama"], jax.random.key(0))

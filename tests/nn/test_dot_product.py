@@ -222,6 +222,7 @@ def test_what_fused_kernels_cannot_take():
         attention(q, k, v, window=3, causal=False, implementation="cudnn")
 
 
+@pytest.mark.slow
 def test_one_query_with_a_mask_equals_that_row_of_many():
     """Decoding's step is written out in another order."""
     q, k, v = heads(24)

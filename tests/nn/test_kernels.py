@@ -45,6 +45,7 @@ def test_splash_interpreted_equals_the_reference(causal, packed):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("explicit", [True, False])
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_splash_on_a_mesh_equals_alone(explicit, kv_heads):

@@ -55,6 +55,7 @@ def run(place, capsys, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_factorized_measured_and_written(run, place):
     got = run(f"factorize model --output small --keep 0.6 --data text {LITTLE}")
     assert 0.5 < got["kept"] <= 0.6 and got["parameters"] < got["parameters_before"]
@@ -69,6 +70,7 @@ def test_factorized_measured_and_written(run, place):
     np.testing.assert_allclose(lmx.logits(lmx.load(place / "hf"), tokens), lmx.logits(small, tokens), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_recovery_brings_it_nearer_to_the_original(run):
     words = f"factorize model --keep 0.4 --method svd --data text {LITTLE} --overwrite"
     plain = run(f"{words} --output plain")
@@ -76,6 +78,7 @@ def test_recovery_brings_it_nearer_to_the_original(run):
     assert recovered["kl"] < plain["kl"] and recovered["recovery_steps"] == 12 and recovered["recovery_flops"] > 0
 
 
+@pytest.mark.slow
 def test_compared_in_one_table(run, place, capsys):
     words = f"compare --model model --data text --keep 0.7 --methods svd,lmx,int8,lmx+recovery {LITTLE}"
     words += " --test-tokens 256 --recovery-steps 2 --output table"

@@ -99,6 +99,7 @@ def test_collectives_of_a_tpu_program(trained):
     assert line["interconnect_bytes"] / links <= line["interconnect"] <= 2 * line["interconnect_bytes"] / links
 
 
+@pytest.mark.slow
 @TPU
 def test_a_compiler_out_of_memory_is_a_result():
     """The 8 B preset on four chips: the compiler refuses; its number and the state's closed form are told."""
@@ -139,6 +140,7 @@ def test_arithmetic_never_excludes_what_fits(too_much, trained):
     assert search.judge(long, Case("fsdp=4", "none"), hardware).memory > 0.3 * too_much["memory"]["peak"]
 
 
+@pytest.mark.slow
 @TPU
 def test_search_ranks_what_it_compiled():
     found = planned(search=True, tries=2, length=64, batch_size=8)
@@ -171,6 +173,7 @@ def test_gpus_gather_every_weight_twice_and_scatter_its_gradient_once():
     assert found["fits"] and found["memory"]["available"] == int(84942979072 * 0.95)
 
 
+@pytest.mark.slow
 @TPU
 def test_the_command_prints_one_object():
     words = "plan llama-tiny --topology v5e:1x1 --length 128 --json".split()
@@ -190,6 +193,7 @@ def test_a_folder_is_planned_as_its_preset(tmp_path):
     assert specs.nbytes(shapes) == specs.nbytes(model) and cost.cost(shapes, 64).parameters == 125248
 
 
+@pytest.mark.slow
 def test_what_remat_computes_again_is_what_xla_counts():
     """The FLOPs of a compiled step with a policy less those of one without: of one of two layers, as XLA counts a
     loop's body once. It counts elementwise operations too, which a wide model has few of."""

@@ -61,6 +61,7 @@ def apart(model, original) -> float:
     return mean_kl(model, original, [held_out])
 
 
+@pytest.mark.slow
 def test_it_is_nearer_to_the_original(factorized, original, recovered):
     """On text that it has not seen; of the same kinds and shapes; what was given is as it was."""
     before = apart(factorized, original)
@@ -85,6 +86,7 @@ def test_what_it_costs(factorized, original, recovered):
     assert recovered.flops == recovered.student_flops + recovered.teacher_flops
 
 
+@pytest.mark.slow
 def test_rows_of_unlike_length(factorized, original):
     got = recover(factorized, original, [*batches(1), *batches(1, t=6)], 2)
     assert got.tokens == B * (T + 6)
@@ -102,6 +104,7 @@ def test_only_what_the_pattern_names_moves(factorized, original):
     assert jax.tree.structure(lmx.restack(got)) == jax.tree.structure(factorized)
 
 
+@pytest.mark.slow
 def test_another_loss_another_optimizer(factorized, original):
     """What the loss reads is its own affair: cross-entropy of the student, without a teacher, costs no teacher."""
     hot = functools.partial(distillation, temperature=2.0, alpha=0.5)

@@ -80,6 +80,7 @@ def notes(folder) -> dict:
     return json.loads((folder / "structure.json").read_text())["notes"]
 
 
+@pytest.mark.slow
 def test_adapters_come_and_go(source, tmp_path, run):
     words = ("--pattern", "attention/(query|out)|layers[1]/mlp/", "--rank", 3, "--init", "pissa")
     told = run("lora", "attach", source, "--output", tmp_path / "a", *words)
@@ -118,6 +119,7 @@ def test_an_adapter_is_extracted_for_peft_and_merged_from_there(source, tmp_path
     np.testing.assert_allclose(logits(tmp_path / "whole"), logits(tmp_path / "tuned"), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_adapters_that_begin_with_what_a_text_shows(source, text, tmp_path, run):
     words = ("--data", text, "--tokens", 512, "--pattern", "mlp/up")
     for init in ("eva", "corda"):
@@ -143,6 +145,7 @@ def test_everything_folds(source, tmp_path, run):
     np.testing.assert_allclose(logits(tmp_path / "h"), logits(tmp_path / "tied"), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_pruned_model_is_an_ordinary_smaller_one(source, text, tmp_path, run):
     words = ("--data", text, "--tokens", 512, "--layers", 2, "--heads", 2, "--units", 10)
     told = run("prune", source, *words, "--output", tmp_path / "p", "--format", "hf")
@@ -158,6 +161,7 @@ def test_a_pruned_model_is_an_ordinary_smaller_one(source, text, tmp_path, run):
     assert told["changed"] == {"intermediate_size": [24, 12]} and notes(tmp_path / "q")["made by"] == "lmx prune"
 
 
+@pytest.mark.slow
 def test_what_cannot_be(source, text, tmp_path, refused):
     for words, said in [
         (("fold", source), "there is nothing to fold"),

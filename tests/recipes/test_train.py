@@ -78,6 +78,7 @@ def test_a_finished_run_resumes_to_its_result(results, text):
     assert again["bits_per_byte"] == before["bits_per_byte"] and again["sample"] == before["sample"]
 
 
+@pytest.mark.slow
 def test_sigterm_outside_the_loop(text, tmp_path, monkeypatch):
     """Before the first step the folder is put back; after the last one only the evaluation is missing."""
     said = io.StringIO()
@@ -96,6 +97,7 @@ def test_sigterm_outside_the_loop(text, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoints" / "2").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_after_a_stop_changes_nothing(text, tmp_path, monkeypatch):
     """All processes stop for one that was asked; the others may be asked when they have left the loop."""
     close = train.Checkpoints.close
@@ -130,6 +132,7 @@ def test_a_moving_average_is_what_is_saved(text, tmp_path):
     assert not np.allclose(plain.params.embed.tokens, first.params.embed.tokens, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stopped_fine_tuning_resumes_sharded_to_the_same_result(results, text, tmp_path, monkeypatch):
     quiet = Console(file=io.StringIO())
     init = results["default"]["output"]

@@ -68,8 +68,12 @@ def close(got, wanted):
     np.testing.assert_allclose(got, wanted, atol=3e-5 * np.abs(wanted).max())
 
 
-def test_what_they_see(untied, batches):
-    seen = collect(untied, batches)
+@pytest.fixture(scope="module")
+def seen(untied, batches):
+    return collect(untied, batches)
+
+
+def test_what_they_see(untied, batches, seen):
     assert list(seen) == ["head/out", "embed/tokens"]  # the last comes first
     tokens, g, h, p, slope = pooled(untied, batches)
     n = len(tokens)
@@ -87,13 +91,13 @@ def test_what_they_see(untied, batches):
     close(out.fisher, (h.astype(np.float64) ** 2 * squares.sum(1, keepdims=True)).mean(0))
 
 
-def test_going_forward_alone_sees_the_same_inputs(untied, batches):
+def test_going_forward_alone_sees_the_same_inputs(untied, batches, seen):
     both = ("input", "absolute")
-    got, wanted = collect(untied, batches, both), collect(untied, batches)
+    got = collect(untied, batches, both)
     assert list(got) == ["embed/tokens", "head/out"]
-    for path in wanted:
+    for path in seen:
         for kind in both:
-            close(getattr(got[path], kind), getattr(wanted[path], kind))
+            close(getattr(got[path], kind), getattr(seen[path], kind))
 
 
 def test_a_table_with_two_uses_has_the_partial_traces_of_their_sum(tiny, batches):
@@ -123,13 +127,11 @@ def test_both_towers_read_the_table(tiny, batches):
     assert np.linalg.matrix_rank(seen["embed/tokens"].output) == 16
 
 
-def test_on_a_mesh(untied, batches, mesh):
-    with lmx.use_mesh(None):
-        wanted = collect(untied, batches)
+def test_on_a_mesh(untied, batches, seen, mesh):
     got = collect(jax.device_put(untied, lmx.specs.shardings(untied.specs())), batches)
-    for path in wanted:
+    for path in seen:
         for kind in KINDS:
-            close(getattr(got[path], kind), getattr(wanted[path], kind))
+            close(getattr(got[path], kind), getattr(seen[path], kind))
 
 
 @pytest.mark.parametrize("form", [LowRank, Pivoted])

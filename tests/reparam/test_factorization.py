@@ -37,6 +37,7 @@ def divergence(model, other, batches) -> float:
     return total / count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_a_share_is_kept_in_any_model_without_a_change_to_it(model, parts, batches, form, allocation, tmp_path):
@@ -62,6 +63,7 @@ def test_a_share_is_kept_in_any_model_without_a_change_to_it(model, parts, batch
     assert new.shape == (2, 4)
 
 
+@pytest.mark.slow
 def test_a_factorized_model_leaves_as_an_ordinary_one(model, parts, batches, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -94,6 +96,7 @@ def test_forms_of_equal_ranks_compute_the_same(model, parts, batches):
     np.testing.assert_allclose(pivoted, dense, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_each_moment_that_is_known_brings_the_model_nearer(model, batches):
     """At equal stored numbers and uniform ranks: by second order the two-sided error is the divergence."""
     lost = {}
@@ -106,12 +109,14 @@ def test_each_moment_that_is_known_brings_the_model_nearer(model, batches):
     assert lost["svd"] > lost["svd-llm"] > lost["two-sided"] > 2 * divergence(model, best, batches)
 
 
+@pytest.mark.slow
 def test_diagonal_methods_run(model, batches):
     for method in ("asvd", "fwsvd"):
         small = reparam.factorize(model, 0.7, batches, method=method)
         assert np.isfinite(divergence(model, small, batches))
 
 
+@pytest.mark.slow
 def test_fitting_behind_the_factorized_layers(model, parts, batches):
     """Without a cut it changes nothing; at equal ranks what the layers give is nearer."""
     full = {path: min(part.site.shape) for path, part in parts.items()}
@@ -135,12 +140,17 @@ def test_fitting_behind_the_factorized_layers(model, parts, batches):
     assert off(fitted) < 0.95 * off(plain)
 
 
-def test_on_a_mesh(model, batches, mesh):
+@pytest.fixture(scope="module")
+def alone(model, batches):
+    """(factorized without a mesh, its logits)."""
+    small = reparam.factorize(model, 0.5, batches, key=jax.random.key(1))
+    return small, lmx.logits(small, batches[0]["tokens"])
+
+
+@pytest.mark.slow
+def test_on_a_mesh(model, batches, alone, mesh):
     """Factorized and then laid out, or laid out and then factorized."""
-    tokens = batches[0]["tokens"]
-    with lmx.use_mesh(None):
-        wanted = reparam.factorize(model, 0.5, batches, key=jax.random.key(1))
-        expected = lmx.logits(wanted, tokens)
+    tokens, (wanted, expected) = batches[0]["tokens"], alone
     placed = jax.device_put(model, lmx.specs.shardings(model.specs()))
     small = reparam.factorize(placed, 0.5, batches, key=jax.random.key(1))
     assert jax.tree.structure(small) == jax.tree.structure(wanted)
@@ -151,6 +161,7 @@ def test_on_a_mesh(model, batches, mesh):
         np.testing.assert_allclose(got, expected, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_every_trainable_part_gets_a_gradient(model, parts, batches):
     for form in FORMS:
         small = reparam.rebuild(model, parts, reparam.choose_ranks(model, parts, 0.5, form=form), form=form)

@@ -166,6 +166,7 @@ def test_kinds_fold_into_arrays(tiny, answer, sound):
     assert kinds == {"LoRA", "Sum"}
 
 
+@pytest.mark.slow
 def test_branches_are_trained_wide_and_served_folded(tiny, answer, sound):
     model = tiny()
     wide = reparam.widen(model, "layers[1:]/mlp/(up|down)", 3, branches=2, key=jax.random.key(0))

@@ -152,6 +152,7 @@ def kinds():
 TOKENS = jnp.asarray(np.random.default_rng(9).integers(0, 23, (2, 6)))
 
 
+@pytest.mark.slow
 def test_a_model_of_every_kind(kinds, tmp_path):
     block = kinds.params.decoder.layers.stacks[0][0]
     assert isinstance(block.mlp.up.a, Quantized) and isinstance(block.mlp.gate.base, Quantized)

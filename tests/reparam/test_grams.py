@@ -74,6 +74,7 @@ DECODER = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_as_hooks_of_torch_see_them(model, batches, seen, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -119,6 +120,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_architectures_as_hooks_of_torch_see_them(kind, tmp_path):
     torch = pytest.importorskip("torch")
@@ -159,6 +161,7 @@ def test_other_architectures_as_hooks_of_torch_see_them(kind, tmp_path):
         assert_as_hooked(got[path], pairs, of_tower)
 
 
+@pytest.mark.slow
 def test_labels_are_drawn_from_the_model(model, batches):
     """Averages over draws approach the Fisher information, in which every label has its probability."""
     features = model.features(batches[0]["tokens"][:2, :4])
@@ -187,6 +190,7 @@ def test_a_pattern_chooses_and_the_last_layer_comes_first(model, batches, seen):
     assert_close(got, {path: seen[path] for path in got})
 
 
+@pytest.mark.slow
 def test_on_a_mesh(model, batches, seen, mesh):
     placed = jax.device_put(model, lmx.specs.shardings(model.specs()))
     assert_close(collect(placed, batches, key=jax.random.key(5)), seen)

@@ -82,6 +82,7 @@ def test_turns_that_follow_the_length_are_those_of_the_text():
     np.testing.assert_allclose(next_one[:, 0], whole[:, 6], atol=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_cached_latent_computes_what_keys_and_values_do(name):
     """At any rank, in every way of decoding; and the rows that are decoded are those of the whole pass."""
@@ -98,6 +99,7 @@ def test_a_cached_latent_computes_what_keys_and_values_do(name):
     assert of(model_of(name)).cache_bytes * 5 == of(model).cache_bytes * NUMBERS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grouped", "learned positions", "all else"])
 def test_full_rank_is_exact(name):
     model = model_of(name)
@@ -128,6 +130,7 @@ def test_the_error_is_the_least_there_is():
             np.testing.assert_allclose(((root @ (before[i] - after[i])) ** 2).sum(), least, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_said_saved_exported_and_trained(tmp_path, caplog):
     model = share_latent(model_of("grouped", num_layers=3), 5, pattern="layers[1:]/attention/key$")
     assert model.params.decoder.layers.sizes == (1, 2)

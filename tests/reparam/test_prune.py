@@ -60,6 +60,7 @@ def test_the_kinds_of_the_layers_that_stay(tiny, answer, sound):
     sound(first)
 
 
+@pytest.mark.slow
 def test_how_much_layers_change_what_they_read(tiny):
     """Block influence by hand, from the features of models that end earlier."""
     model = tiny("gpt2")
@@ -85,6 +86,7 @@ def mean_loss(model):
     return sum(float(total) for total, _ in found) / sum(float(weight) for _, weight in found)
 
 
+@pytest.mark.slow
 def test_how_much_the_loss_rises_without_a_layer(tiny):
     model = silenced(tiny(), 2)
     wanted = [mean_loss(reparam.drop_layers(model, [i])) - mean_loss(model) for i in range(3)]
@@ -200,6 +202,7 @@ def test_layers_of_unlike_width(tiny, answer, sound):
         lmx.save(made, "nowhere", format="hf")
 
 
+@pytest.mark.slow
 def test_importance_is_what_a_part_adds(tiny):
     """From moments: the root mean square of a head's or unit's own share of what is added, by hand."""
     model, given = tiny(), batches()

@@ -64,6 +64,7 @@ def damage(path) -> Path:
     return blob
 
 
+@pytest.mark.slow
 def test_kills(faults, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     found = faults.kills(tmp_path / "run", 10)

@@ -51,6 +51,7 @@ def test_the_teacher_is_frozen_and_lives_on(pair, packed):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(pair), before)  # the student given lives on too
 
 
+@pytest.mark.slow
 def test_microbatches_add_up(pair, packed):
     """Unlike weights and some rows with none: accumulated over 4 microbatches the steps are those of whole batches."""
 
@@ -73,6 +74,7 @@ def alone(pair, packed):
     return jax.device_get((state.trained, found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "kind"), MESHES)
 def test_sharded_equals_alone(pair, packed, alone, text, kind):
     with sharding.use_mesh(text, explicit=kind == "explicit"):

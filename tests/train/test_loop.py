@@ -281,6 +281,7 @@ def real_step():
     return optimizer, make_train_step(noisy, optimizer, accumulate=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "explicit", "auto"])
 def test_a_stopped_run_resumes_bit_for_bit(tiny, packed, tmp_path, kind):
     optimizer, step = real_step()

@@ -86,6 +86,7 @@ def factorized(model):
     return tree.map(lambda w: LowRank(w[:, :4], np.ones((4, 16), "f")), model, "embed/tokens$", weights.is_weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_stack_trains_as_a_list_of_layers(name, factorized):
     params = factorized
@@ -114,6 +115,7 @@ def test_adamw_is_optax_adamw(model):
     jax.tree.map(functools.partial(np.testing.assert_allclose, **CLOSE), ours, by_hand(theirs, model))
 
 
+@pytest.mark.slow
 def test_adafactor_is_optax_adafactor_on_each_matrix(model):
     theirs = optax.adafactor(SCHEDULE, min_dim_size_to_factor=1, decay_rate=0.8, clipping_threshold=1.0)
     ours = matrices(run(adafactor(SCHEDULE), model))

@@ -138,6 +138,7 @@ def test_an_error_that_one_process_meets_ends_all_with_its_message_and_code(team
         assert process.returncode == code and err.count(words) == 1 and "Traceback" not in err, err
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_in_the_background_of_one_process_ends_all(team):
     for process in team("save"):
         _, err = process.communicate(timeout=PATIENCE)  # orbax waits 20 minutes for the missing part
@@ -239,6 +240,7 @@ def test_whoever_connects_and_says_nothing_is_let_go(monkeypatch):
         assert channel._greeting(ours) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

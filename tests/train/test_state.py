@@ -72,6 +72,7 @@ def test_only_what_the_pattern_names_is_trained(tiny, packed, pattern, wanted, s
     jax.tree.map(np.testing.assert_array_equal, whole, jax.device_get(model))  # alive, and as they were
 
 
+@pytest.mark.slow
 def test_everything_trained_leaves_the_callers_model_alive(tiny, packed):
     model, key = tiny(), jax.random.key(3)
     whole = jax.device_get(model)
@@ -84,6 +85,7 @@ def test_everything_trained_leaves_the_callers_model_alive(tiny, packed):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(once.trained), jax.device_get(again.trained))
 
 
+@pytest.mark.slow
 def test_lora(tiny, packed):
     """Only A and B change, only they have state, and the base weights stay the caller's."""
     plain = tiny(num_layers=3)
@@ -120,6 +122,7 @@ def test_integers_are_frozen(packed):
         start(tree_, OPTIMIZER, train="table")
 
 
+@pytest.mark.slow
 def test_moving_average(tiny, packed):
     """After n steps: decay^n of the start plus (1 - decay) decay^(n - i) of the parameters after step i."""
     decay, model = 0.7, tiny()
@@ -182,6 +185,7 @@ def test_abstract_start_is_the_shape_of_start(tiny, make, mesh):
                 assert a.sharding.is_equivalent_to(b.sharding, a.ndim), keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["explicit", "auto"])
 def test_frozen_parts_and_averages_on_a_mesh(tiny, packed, kind):
     """Freezing, averaging and cutting stacks leave every array where the rules put it, and compute what they did."""
@@ -201,6 +205,7 @@ def test_frozen_parts_and_averages_on_a_mesh(tiny, packed, kind):
     jax.tree.map(close, state.ema_model, alone.ema_model)
 
 
+@pytest.mark.slow
 def test_in_somebody_elses_jit_and_loop(tiny, packed):
     """`start`'s parts and the step work under the caller's own jit, with any optax optimizer."""
     optimizer = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(0.05))
@@ -221,6 +226,7 @@ def test_in_somebody_elses_jit_and_loop(tiny, packed):
     jax.tree.map(close, theirs.trained, state.trained)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_an_argument_and_not_part_of_the_program(tiny, packed):
     """Distillation from a frozen teacher of 100 times the size: the program holds none of its numbers."""
     student, teacher = tiny(), tiny(hidden_size=64, intermediate_size=512, num_heads=8, num_kv_heads=8)

@@ -56,6 +56,7 @@ def descent(accumulate: int):
     return make_train_step(loss, optax.sgd(1.0), accumulate=accumulate)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=12)
 @given(k=st.sampled_from([2, 8]), seed=st.integers(0, 1000), scale=st.sampled_from([0.01, 1.0, 30.0]))
 def test_microbatches_add_up_to_one_batch(tiny, packed, k, seed, scale):
@@ -72,6 +73,7 @@ def test_microbatches_add_up_to_one_batch(tiny, packed, k, seed, scale):
     close(many.trained, one.trained, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_of_the_mean_and_clipped_to_the_norm(tiny, packed):
     model, batch = tiny(), packed()
 
@@ -101,6 +103,7 @@ def test_a_batch_without_weight(tiny, packed):
     assert all(np.isfinite(x) for x in metrics.values()) and metrics["weight"] == 0 and metrics["skipped"] == 0
 
 
+@pytest.mark.slow
 def test_every_step_and_microbatch_has_its_own_key(tiny, packed):
     """The loss sees fold_in(fold_in(key, step), microbatch): reproducible, and never the same twice."""
 
@@ -150,7 +153,6 @@ def bytes_on_one_device(arrays) -> int:
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(arrays))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(("text", "kind"), MESHES)
 def test_sharded_equals_alone(tiny, packed, alone, text, kind, accumulate):
@@ -194,6 +196,7 @@ def check_sharded(model, packed, alone, name, text, kind, accumulate) -> None:
     close(jax.device_get(state.trained), wanted.trained, **SAME_PARAMS)
 
 
+@pytest.mark.slow
 def test_one_device_mesh_equals_alone(tiny, packed, alone):
     wanted, history = alone("adamw")
     with sharding.use_mesh(sharding.make_mesh("", devices=jax.devices()[:1])):
@@ -203,6 +206,7 @@ def test_one_device_mesh_equals_alone(tiny, packed, alone):
     close(jax.device_get(state.trained), wanted.trained, **SAME_PARAMS)
 
 
+@pytest.mark.slow
 def test_gathered_copies_do_not_outlive_the_step(tiny, packed):
     """What the compiled step returns is only as large as the shards: FSDP's gathered weights are temporary."""
     with sharding.use_mesh("fsdp=8"):
@@ -219,6 +223,7 @@ def test_gathered_copies_do_not_outlive_the_step(tiny, packed):
 # Recomputing and unrolling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["dots", "full", "unrolled", "unrolled full"])
 def test_remat_and_unrolling_change_nothing(tiny, packed, alone, change):
     wanted, history = alone("adamw")
@@ -232,6 +237,7 @@ def test_remat_and_unrolling_change_nothing(tiny, packed, alone, change):
 # Bad steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_non_finite_step_changes_nothing_but_the_counts(tiny, packed, bad, accumulate):
@@ -263,6 +269,7 @@ def test_a_non_finite_gradient_of_a_finite_loss_is_skipped_too():
 # Mixed precision
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_trains_float32_parameters(tiny, packed):
     """Activations have 8 bits: losses of 4 differ by a few hundredths; parameters and moments stay float32."""
     batches = lambda i: packed(0)  # noqa: E731
@@ -278,6 +285,7 @@ def test_bfloat16_compute_trains_float32_parameters(tiny, packed):
     assert distance(state.trained.params) < 0.2 * distance(tiny().params)
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_stay_bfloat16(tiny, packed):
     state, history = run(tiny(dtype="bfloat16"), OPTIMIZERS["adamw"], packed, accumulate=2)
     assert {x.dtype for x in jax.tree.leaves(state.trained)} == {jnp.dtype("bfloat16")}

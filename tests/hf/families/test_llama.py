@@ -42,6 +42,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @FEW
 @given(fields=FIELDS)
 def test_parity(parity, fields):
