@@ -29,7 +29,7 @@ def python3(tmp_path, monkeypatch):
 
 
 def test_there_are_notebooks():
-    assert {"01_train_and_sample", "02_bring_your_model"} <= {path.stem for path in NOTEBOOKS}
+    assert {"01_train_and_sample", "02_bring_your_model", "03_factorize"} <= {path.stem for path in NOTEBOOKS}
 
 
 @each

@@ -20,6 +20,7 @@ from lmx.recipes import calibration, derived
 from lmx.recipes.recovery import recover
 from lmx.reparam import factorization, grams, prices
 from lmx.reparam.factorization import METHODS
+from lmx.train.interrupt import stop_requests
 from lmx.train.progress import PLAIN
 
 HELD_OUT = 8_192  # tokens that the result is compared on
@@ -51,13 +52,13 @@ class FactorizeOptions:
     sequential: bool = False
     """Fit each layer again to what the factorized layers before it give."""
     pattern: str = grams.LINEARS
-    """Which matrices, by path; all of attention and feed-forward layers by default."""
+    """Which matrices, by path; all of attention and feed-forward layers by default. embed/tokens and head/out too."""
     grid: int | None = None
     """Ranks are multiples of it; about 1/32 of a matrix's largest if not given."""
     max_stacks: int = 8
     """How many unlike runs of layers there may be, as each costs compile time."""
     recover: int = 0
-    """Steps of distillation from the original afterwards."""
+    """Steps of distillation from the original afterwards. Ctrl-C ends them, and keeps the model as it is then."""
     data: str = "local"
     """Text to calibrate on, to recover and to compare on, as for lmx train."""
     tokens: int = 32_768
@@ -98,7 +99,10 @@ def run(options: FactorizeOptions, console: Console | None = None) -> dict[str, 
     if o.recover:
         rows = calibration.batches(source, o.data, o.recover * ROW_TOKENS, o.seed + 1, console, o.length)
         rows = itertools.islice(itertools.cycle(rows), o.recover)
-        done = recover(small, source.model, rows, o.recover, seed=o.seed, console=console)
+        with stop_requests() as asked:
+            done = recover(small, source.model, rows, o.recover, seed=o.seed, console=console, asked_to_stop=asked)
+        if done.steps < o.recover:
+            console.print(f"stopped after {done.steps} of {o.recover} steps: the model is kept as it is now", **PLAIN)
         small, recovery = done.model, {"recovery_flops": done.flops, "recovery_steps": done.steps}
     for text, times in notes.items():
         console.print(f"{text} ({times} matrices)" if times > 1 else text, **PLAIN)

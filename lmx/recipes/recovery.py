@@ -68,6 +68,7 @@ def recover(
     seed: int = 0,
     place: Callable[[dict], dict] = place_batch,
     console: Console | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Recovered:
     """Train the student for some steps to predict what the teacher does. Both given live on; so do their arrays.
 
@@ -78,6 +79,7 @@ def recover(
     loss:          of a `Distillation(student, teacher)`; `functools.partial(distillation, temperature=2.0)`, say.
     accumulate, clip_norm: as `make_train_step` takes them. place: puts a batch on the device or mesh.
     console:       where progress is shown, if anywhere.
+    asked_to_stop: called once a step; when it says so, the model is returned as it is then, with fewer `steps`.
     The same arguments give the same model, bit for bit, on the same machine.
     Raises ConfigError for steps or a rate out of range, or a pattern that selects nothing that can be trained;
     DataError if the batches end before the steps do; NonFiniteError after ten non-finite steps in a row.
@@ -101,7 +103,8 @@ def recover(
         if console is not None:
             report = ProgressReport(console, steps, sum(_flops(student, teacher, length)))
             stack.enter_context(report.shown())
-        outcome = run_loop(state, step, _counted(map(place, rows), seen), steps=steps, report=report)
+        counted = _counted(map(place, rows), seen)
+        outcome = run_loop(state, step, counted, steps=steps, report=report, asked_to_stop=asked_to_stop)
     spent = [(n, _flops(student, teacher, t)) for t, n in seen.items()]
     parts = outcome.state.model
     return Recovered(

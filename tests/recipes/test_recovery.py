@@ -77,6 +77,14 @@ def test_the_same_again(factorized, original, recovered):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.model), jax.device_get(recovered.model))
 
 
+def test_it_can_be_ended_early(factorized, original):
+    """What it was in that step is what a run with a longer schedule is then: some of the way, and counted so."""
+    asked = iter([False, False, True])
+    got = recover(factorized, original, batches(), 40, 1e-2, asked_to_stop=lambda: next(asked))
+    assert got.steps == 3 and got.tokens == 3 * B * T
+    assert 0 < apart(got.model, original) < apart(factorized, original)
+
+
 def test_what_it_costs(factorized, original, recovered):
     """Three forward passes of the student and one of the teacher, for every token of every row, by its length."""
     assert recovered.steps == 40 and recovered.tokens == 40 * B * T and recovered.skipped == 0

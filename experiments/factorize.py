@@ -1,0 +1,86 @@
+"""Fewer numbers in a whole model: out of its layers alone, or out of its table of token vectors too?
+
+    lmx train                                          # the model, in runs/quick
+    python experiments/factorize.py                    # factorized, and recovered by a short distillation
+    python experiments/factorize.py --model MODEL --data 'texts/*.txt' --keep 0.7 --steps 0
+
+In a small model the table is a third of all numbers. Every row keeps the same share of *all* parameters, the table
+counted whether it is factorized (ALBERT's form, v x r and r x d) or not; ranks are shared out under one budget by what
+each matrix's loss of rank costs (both moments), and for comparison by the same share of each, which knows nothing of
+the text (svd). Then each is distilled from the original on the calibration's own kind of text for equal steps.
+
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import tempfile
+from typing import Any
+
+import numpy as np
+
+import lmx
+from lmx import data, evaluate, reparam
+from lmx.recipes.recovery import recover
+from lmx.reparam.grams import LINEARS
+from lmx.train.feed import place_batch
+from lmx.train.progress import si
+
+TABLE = "^embed/tokens$"
+WHAT = {"layers": LINEARS, "layers and table": f"{TABLE}|{LINEARS}"}
+SHAPE = dict(batch_size=8, length=256)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/quick/model", help="a model's folder, or its name on the hub")
+    parser.add_argument("--data", default="local", help='"local", or files, folders and globs of text')
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.65], help="shares of all parameters")
+    parser.add_argument("--batches", type=int, default=16, help="of 8 rows of 256 tokens, to calibrate on")
+    parser.add_argument("--steps", type=int, default=100, help="of distillation afterwards")
+    arguments = parser.parse_args()
+
+    model, tokenizer = lmx.load(arguments.model), lmx.load_tokenizer(arguments.model)
+    splits = data.split(data.deduplicate(data.read(arguments.data)))
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {name: data.build_cache(documents, tokenizer, folder) for name, documents in splits.items()}
+        experiment(arguments, model, caches)
+
+
+def experiment(arguments: argparse.Namespace, model: Any, caches: dict[str, data.TokenCache]) -> None:
+    text = data.Batches(caches["train"], **SHAPE, seed=0)
+    given = [text.at(step) for step in range(arguments.batches)]
+    test = list(itertools.islice(data.evaluation_rows(caches["test"], **SHAPE), 16))
+    total = lmx.specs.count(model)
+
+    def measured(other: Any) -> str:
+        kl = 0.0 if other is model else evaluate.mean_kl(other, model, test, place=place_batch)
+        perplexity = math.exp(evaluate.mean_nll(other, test, place=place_batch))
+        return f"{kl:8.3f}{perplexity:9.2f}"
+
+    after = f"after {arguments.steps} steps"
+    print(f"{'':37s}{'numbers':>9s}{'KL':>8s}{'perpl.':>9s}{after:>18s}")
+    print(f"{'original':37s}{si(total):>9s}{measured(model)}", flush=True)
+    for what, pattern in WHAT.items():
+        for method, allocation in (("svd", "uniform"), ("two-sided", "global")):
+            parts = reparam.decompose_model(model, given, method=method, pattern=pattern)
+            numbers = sum(int(np.prod(part.site.shape)) for part in parts.values())
+            for keep in arguments.keep:
+                share = 1 - (1 - keep) * total / numbers  # of the matrices' own numbers
+                name = f"{keep:.0%}, {what}, {method}"
+                if share <= 0:
+                    print(f"{name:37s} cannot be: the rest has more numbers")
+                    continue
+                ranks = reparam.choose_ranks(model, parts, share, allocation=allocation)
+                small = reparam.rebuild(model, parts, ranks)
+                line = f"{name:37s}{si(lmx.specs.count(small)):>9s}{measured(small)}"
+                if arguments.steps:
+                    batches = data.Batches(caches["train"], **SHAPE, seed=1).iterate()
+                    line += measured(recover(small, model, batches, arguments.steps).model)
+                print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
