@@ -8,7 +8,12 @@ Prints the loss on the validation pairs while it trains, then translations of th
 where the package `sacrebleu` is installed (pip install sacrebleu), their BLEU with its signature; --output keeps the
 translations. The defaults are sized for Multi30k, 29,000 pairs of captions.
 
-Result of --quick (Python 3.11 with jax 0.10.2, two cores): all of the 100 test sentences, word for word.
+Results (Python 3.11 with jax 0.10.2, two cores): --quick, all of the 100 test sentences, word for word. Multi30k,
+English to German, 1000 captions of test_2016_flickr: BLEU 34.36 with
+
+    --layers 2 --width 128 --vocab-size 4000 --batch-size 64 --steps 2400 --learning-rate 2e-3
+
+in 16 minutes beside other work (nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0).
 """
 
 from __future__ import annotations

@@ -48,8 +48,13 @@ def benchmark(options: Namespace) -> dict[str, Any]:
 
     from lmx.recipes import compare, derived
 
+    if (options.encoder is None) != (options.sentences is None):
+        raise SystemExit("give --encoder and --sentences, both or none")
     console = Console(stderr=True)
-    folders = options.model.split(",") if options.model else [compare.trained(console), grouped(console)]
+    if options.model:
+        folders = options.model.split(",")
+    else:
+        folders = [compare.trained(console), *([] if options.quick else [grouped(console)])]
     cases, about, recovered = [], {}, []
     for folder in folders:
         source = derived.open_source(folder)
@@ -116,7 +121,6 @@ def originals(source: Any, options: Namespace) -> dict[str, Any]:
 
 def grouped(console: Any) -> str:
     """A model as that of `lmx train`, but two pairs of heads share keys and values each."""
-    import tempfile
     from pathlib import Path
 
     import jax
@@ -125,17 +129,17 @@ def grouped(console: Any) -> str:
     from lmx.recipes import models, train
     from lmx.recipes.options import TrainOptions
 
-    folder = Path("runs/grouped")
+    folder, new = Path("runs/grouped"), "runs/grouped-new"
     if not (folder / "result.json").exists():
         console.print("training a model with grouped heads")
-        with tempfile.TemporaryDirectory() as scratch:
+        again = (folder / "run.json").exists()
+        if not again:
             config = lmx.preset("llama-2m", num_heads=4, num_kv_heads=2)
-            tokenizer = models.load_tokenizer("runs/quick")
-            lmx.save(lmx.init(config, jax.random.key(0)), f"{scratch}/new", tokenizer=tokenizer)
-            again = (folder / "run.json").exists()
-            options = TrainOptions(init=f"{scratch}/new", output=str(folder), resume=again)
-            if "stopped" in train.run(options, console):
-                raise KeyboardInterrupt
+            model = lmx.init(config, jax.random.key(0))
+            lmx.save(model, new, tokenizer=models.load_tokenizer("runs/quick"), overwrite=True)
+        options = TrainOptions(init=None if again else new, output=str(folder), resume=again)
+        if "stopped" in train.run(options, console):
+            raise KeyboardInterrupt
     return str(folder)
 
 

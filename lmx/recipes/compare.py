@@ -30,7 +30,7 @@ from lmx.recipes import calibration, derived, models, train
 from lmx.recipes.options import TrainOptions
 from lmx.recipes.recovery import recover
 from lmx.reparam.factorization import Parts
-from lmx.reparam.grams import LINEARS
+from lmx.reparam.grams import LINEARS, sites
 from lmx.train.progress import PLAIN
 
 RESULTS = ("compare.json", "compare.csv", "compare.png")
@@ -55,7 +55,8 @@ class CompareOptions:
     keep: str = "0.8,0.7,0.5"
     """The shares of the layers' matrices to keep, with commas between."""
     methods: str = "svd,svd-llm,two-sided,lmx,int8,lmx+int8"
-    """Rows, with commas between: svd, asvd, fwsvd, svd-llm, two-sided, lmx, lmx+recovery, int8, lmx+int8."""
+    """Rows, with commas between: svd, asvd, fwsvd, svd-llm, two-sided, lmx, lmx+recovery, depth and width
+    (layers, or heads and units, left out), int8, lmx+int8."""
     tokens: int = 32_768
     """How many tokens to calibrate on."""
     test_tokens: int = 65_536
@@ -112,6 +113,28 @@ def recovered(given: Given, keep: float) -> Model:
     return recover(best(given, keep), given.model, rows, o.recovery_steps, seed=o.seed).model
 
 
+def depth(given: Given, keep: float) -> Model:
+    """The layers that change what goes through them most; as many as come nearest to the share."""
+    there = given.model.config.num_layers
+    importance = reparam.layer_importance(given.model, given.batches)
+    return reparam.prune_layers(given.model, max(1, round(keep * there)), importance)
+
+
+def width(given: Given, keep: float) -> Model:
+    """The heads that matter most, whole groups of them, and as many feed-forward units as then fit the share."""
+    model, c = given.model, given.model.config
+    numbers = {"attention": 0, "mlp": 0}
+    for site in sites(model, LINEARS):
+        numbers[site.matrix.name.split("/")[0]] += math.prod(site.shape)
+    groups = max(1, round(keep * c.num_kv_heads))
+    left = keep * sum(numbers.values()) - numbers["attention"] * groups / c.num_kv_heads
+    seen = calibration.moments_of(model, given.batches, "/(attention/out|mlp/down)$")
+    units = max(1, int(c.intermediate_size * left / numbers["mlp"]))
+    heads, feeding = reparam.head_importance(model, seen), reparam.unit_importance(model, seen)
+    model = reparam.prune_units(model, min(units, c.intermediate_size), importance=feeding)
+    return reparam.prune_heads(model, groups * (c.num_heads // c.num_kv_heads), groups, importance=heads)
+
+
 def int8(model: Model) -> Model:
     return reparam.quantize_model(model, LINEARS)
 
@@ -121,6 +144,8 @@ ROWS: dict[str, tuple[Callable[[Given, float], Model], bool]] = {
     **{name: (uniform(name), True) for name in ("svd", "asvd", "fwsvd", "svd-llm", "two-sided")},
     "lmx": (best, True),
     "lmx+recovery": (recovered, True),
+    "depth": (depth, True),
+    "width": (width, True),
     "int8": (lambda given, keep: int8(given.model), False),
     "lmx+int8": (lambda given, keep: int8(best(given, keep)), True),
 }

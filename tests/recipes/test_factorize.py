@@ -80,14 +80,14 @@ def test_recovery_brings_it_nearer_to_the_original(run):
 
 @pytest.mark.slow
 def test_compared_in_one_table(run, place, capsys):
-    words = f"compare --model model --data text --keep 0.7 --methods svd,lmx,int8,lmx+recovery {LITTLE}"
+    words = f"compare --model model --data text --keep 0.7 --methods svd,lmx,int8,lmx+recovery,depth,width {LITTLE}"
     words += " --test-tokens 256 --recovery-steps 2 --output table"
     got = run(words)
     rows = {row["method"]: row for row in got["rows"]}
-    assert list(rows) == ["original", "svd", "lmx", "int8", "lmx+recovery"]
+    assert list(rows) == ["original", "svd", "lmx", "int8", "lmx+recovery", "depth", "width"]
     assert all(set(row) == set(compare.COLUMNS) for row in got["rows"])
     assert rows["original"]["kl"] == 0 and rows["lmx"]["kl"] < rows["svd"]["kl"]
-    assert rows["lmx"]["parameters"] < rows["original"]["parameters"]
+    assert all(rows[name]["parameters"] < rows["original"]["parameters"] for name in ("lmx", "depth", "width"))
     assert rows["int8"]["bytes"] < rows["original"]["bytes"] and rows["int8"]["keep"] is None
     assert all(row["prefill_tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0 for row in got["rows"])
     assert sorted(path.name for path in (place / "table").iterdir()) == sorted(got["files"])
