@@ -58,6 +58,9 @@ class LowRank(weights.Weight):
         rank = LETTERS[ids.ndim]
         return weights.einsum(f"{lead}{rank},{rank}{outs}->{lead}{outs}", weights.take(ids, self.a), self.b)
 
+    def read_whole(self) -> tuple[Any, ...]:
+        return (self.b, *weights.read_whole(self.a))
+
     def dense(self) -> jax.Array:
         n = len(self.shape)
         letters, rank, middle = LETTERS[:n], LETTERS[n], self.copies + self.inputs
@@ -113,6 +116,9 @@ class LoRA(weights.Weight):
     def take(self, ids: jax.Array) -> jax.Array:
         rows = weights.take(ids, self.base)
         return (rows + self.scale * self.update.take(ids)).astype(rows.dtype)
+
+    def read_whole(self) -> tuple[Any, ...]:
+        return (self.lora_b, *weights.read_whole(self.base), *weights.read_whole(self.lora_a))
 
     def dense(self) -> jax.Array:
         base = weights.dense(self.base)
@@ -182,6 +188,9 @@ class Pivoted(weights.Weight):
         rows = weights.take(jnp.maximum(place[..., 0] - self.rank, 0), self.rest)
         rows = jnp.where(place < self.rank, (place == jnp.arange(self.rank)).astype(rows.dtype), rows)
         return weights.einsum(f"{lead}{rank},{rank}{outs}->{lead}{outs}", rows, self.b).astype(self.dtype)
+
+    def read_whole(self) -> tuple[Any, ...]:
+        return (self.b, self.order, *weights.read_whole(self.rest))
 
     def dense(self) -> jax.Array:
         b, n = weights.dense(self.b), self.copies
@@ -295,6 +304,9 @@ class Sum(weights.Weight):
 
     def take(self, ids: jax.Array) -> jax.Array:
         return _total([weights.take(ids, part) for part in self.parts]).astype(self.dtype)
+
+    def read_whole(self) -> tuple[Any, ...]:
+        return tuple(part for each in self.parts for part in weights.read_whole(each))
 
     def dense(self) -> jax.Array:
         return _total([weights.dense(part) for part in self.parts]).astype(self.dtype)

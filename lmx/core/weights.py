@@ -52,6 +52,10 @@ class Weight:
         """For each field, the spec (axes, inputs) it has if this weight stands for an array of `spec`."""
         raise NotImplementedError
 
+    def read_whole(self) -> tuple[Any, ...]:
+        """The parts that `take` reads whole; of the others it reads a row."""
+        return ()
+
     def flops(self) -> int:
         """Floating-point operations to multiply one vector by every copy of this weight."""
         fields = jax.tree.leaves(self, is_leaf=lambda x: is_weight(x) and x is not self)
@@ -95,6 +99,11 @@ def dense(w: Any) -> jax.Array:
 def flops(w: Any) -> int:
     """Floating-point operations to multiply one vector by every copy of a weight of any kind (or its specs)."""
     return w.flops() if is_weight(w) else 2 * math.prod(w.shape)
+
+
+def read_whole(w: Any) -> tuple[Any, ...]:
+    """The parts of a table of any kind (or its specs) that are read whole where one row is looked up."""
+    return w.read_whole() if is_weight(w) else ()
 
 
 def fold(tree: Any) -> Any:

@@ -87,7 +87,8 @@ def flops(tree: Any) -> int:
 def _forward(model: Model, length: int) -> int:
     p = model.specs().params
     layers = sum(flops(tower.layers) * tower.repeats for tower in towers(p).values())
-    return layers + flops(p.embed.projection) + flops(readout(p)) + attention_flops(model, length)
+    table = flops(weights.read_whole(p.embed.tokens))  # of a plain one a row is read, and nothing multiplied
+    return layers + table + flops(p.embed.projection) + flops(readout(p)) + attention_flops(model, length)
 
 
 def _cache(model: Model, length: int) -> int:
@@ -105,4 +106,5 @@ def _unread(model: Model) -> int:
     """Bytes of tables of which decoding a token reads one row: learned positions, and an untied embedding."""
     embed = model.params.embed
     read = any(part is embed.tokens for part in readout(model.params))
-    return specs.nbytes(embed.positions) + (0 if read else specs.nbytes(embed.tokens))
+    table = 0 if read else specs.nbytes(embed.tokens) - specs.nbytes(weights.read_whole(embed.tokens))
+    return specs.nbytes(embed.positions) + table

@@ -18,7 +18,7 @@ from lmx.core import specs
 from lmx.core.errors import ConfigError
 from lmx.recipes import calibration, derived
 from lmx.recipes.recovery import recover
-from lmx.reparam import factorization, grams, prices
+from lmx.reparam import ends, factorization, grams, prices
 from lmx.reparam.factorization import METHODS
 from lmx.train.interrupt import stop_requests
 from lmx.train.progress import PLAIN
@@ -52,7 +52,7 @@ class FactorizeOptions:
     sequential: bool = False
     """Fit each layer again to what the factorized layers before it give."""
     pattern: str = grams.LINEARS
-    """Which matrices, by path; all of attention and feed-forward layers by default. embed/tokens and head/out too."""
+    """Which matrices, by path; by default all of the layers'. Also embed/tokens and head/out, where they are named."""
     grid: int | None = None
     """Ranks are multiples of it; about 1/32 of a matrix's largest if not given."""
     max_stacks: int = 8
@@ -84,6 +84,9 @@ def run(options: FactorizeOptions, console: Console | None = None) -> dict[str, 
     if not 0 < o.keep <= 1:
         raise ConfigError(f"--keep is a share, above 0 and at most 1, not {o.keep}")
     source = derived.open_source(o.model)
+    if o.unit in ("flops", "seconds") and not ends.is_tied(source.model):
+        if any(site.path == ends.TABLE for site in grams.sites(source.model, o.pattern)):
+            raise ConfigError(f"{ends.TABLE} is looked up, not multiplied: give --unit numbers or bytes, not {o.unit}")
     price = prices.price_of(o.unit, o.form, dtype=source.model.config.dtype)
     given = calibration.batches(source, o.data, o.tokens, o.seed, console, o.length)
     held_out = calibration.batches(source, o.data, HELD_OUT, o.seed, console, o.length, split="valid")
@@ -95,20 +98,21 @@ def run(options: FactorizeOptions, console: Console | None = None) -> dict[str, 
     with console.status("putting the model together"):
         again = given if o.sequential else ()
         small = reparam.rebuild(source.model, parts, ranks, batches=again, method=o.method, **how)
-    recovery = {}
+    recovery, made_by = {}, derived.told(o)
     if o.recover:
         rows = calibration.batches(source, o.data, o.recover * ROW_TOKENS, o.seed + 1, console, o.length)
         rows = itertools.islice(itertools.cycle(rows), o.recover)
         with stop_requests() as asked:
             done = recover(small, source.model, rows, o.recover, seed=o.seed, console=console, asked_to_stop=asked)
         if done.steps < o.recover:
+            made_by |= {"recover": done.steps}
             console.print(f"stopped after {done.steps} of {o.recover} steps: the model is kept as it is now", **PLAIN)
         small, recovery = done.model, {"recovery_flops": done.flops, "recovery_steps": done.steps}
     for text, times in notes.items():
         console.print(f"{text} ({times} matrices)" if times > 1 else text, **PLAIN)
     with console.status("comparing on held-out text"):
         compared = compare(source.model, small, held_out)
-    result = derived.write(source, small, o.output, "lmx factorize", derived.told(o), o.format, o.overwrite)
+    result = derived.write(source, small, o.output, "lmx factorize", made_by, o.format, o.overwrite)
     paid, whole = (sum(price(p.site.shape, r) for p, r in _each(parts, some)) for some in (ranks, dict.fromkeys(parts)))
     about = {"kept": paid / whole, "ranks": ranks, "notes": dict(notes), "parameters_before": specs.count(source.model)}
     return result | about | compared | recovery | derived.timed(begin)

@@ -41,7 +41,7 @@ def walk_behind(
 ) -> None:
     """Go through the layers with the batches twice, as they are and behind layers that change on the way.
 
-    changed_model: the model whose ends the changed layers stand behind.
+    changed_model: the same model, the matrices at its ends already replaced.
     fit: for each layer from the first to the last, the moments of its chosen matrices to the matrices (m, n) that take
     their place for the layers behind.
     """

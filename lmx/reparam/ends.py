@@ -1,8 +1,8 @@
 """A model's ends: its table of token vectors and its head's matrix, and where the way back through it begins.
 
-A token picks a row, so the moments of what goes into the table are the tokens' frequencies, each token counted once
-more than it was seen. Of the gradient at the head's outputs the diagonal is taken, E[p (1 - p)] over the model's own
-labels: it is exact, and (v, v) would be too many numbers.
+A token picks a row, so the moments of what goes into the table are the tokens' frequencies. Of those of the gradient at
+the head's outputs, diag(p) - p' p in the mean over the model's own labels, the diagonal E[p (1 - p)] stands for all:
+(v, v) would be too many numbers.
 """
 
 from __future__ import annotations
@@ -40,22 +40,17 @@ def seen_by_head(walk: Walk, xs: Sequence[jax.Array], want: tuple[str, ...]) -> 
     """Sums over all batches of what the head's matrix sees, for what the last layer gave (b, t, d) each."""
     tower = list(walk.layers)[-1]
     pairs = zip(xs, walk.batches, strict=True)
-    return _total(sharding.alone(_head_sums(walk.shell, tower, x, batch, want)) for x, batch in pairs)
+    return total(sharding.alone(_head_sums(walk.shell, tower, x, batch, want)) for x, batch in pairs)
 
 
 def seen_by_table(walk: Walk, tower: str, gs: Sequence[jax.Array] | None, want: tuple[str, ...]) -> Sums:
-    """Sums over all batches of what the table sees as a tower reads them, for gradients (b, t, d) at its first layer.
-
-    "tokens" counts each token of the vocabulary once more, shared among the towers.
-    """
-    none, share = [None] * len(walk.batches), 1 / len(walk.layers)
-    pairs = zip(none if gs is None else gs, walk.batches, strict=True)
-    sums = _total(sharding.alone(_table_sums(walk.shell, tower, batch, g, want)) for g, batch in pairs)
-    more = {name: share for name in ("input", "absolute") if name in sums}
-    return {name: value + more.get(name, 0.0) for name, value in sums.items()}
+    """Sums over all batches of what the table sees as a tower reads, for gradients (b, t, d) at its first layer."""
+    pairs = zip([None] * len(walk.batches) if gs is None else gs, walk.batches, strict=True)
+    return total(sharding.alone(_table_sums(walk.shell, tower, batch, g, want)) for g, batch in pairs)
 
 
-def _total(sums: Iterable[Sums]) -> Sums:
+def total(sums: Iterable[Sums]) -> Sums:
+    """Their sum, name by name."""
     return functools.reduce(functools.partial(jax.tree.map, jnp.add), sums)
 
 
@@ -63,12 +58,13 @@ def _total(sums: Iterable[Sums]) -> Sums:
 def _head_sums(shell: Model, tower: str, x: jax.Array, batch: Batch, want: tuple[str, ...]) -> Sums:
     """CHUNK positions at a time."""
     readout, here = shell.readout(), real(batch, tower)
-    h = readout.hidden(leave(shell, tower, x)) * here[..., None].astype(x.dtype)
+    h = readout.hidden(leave(shell, tower, x))
+    read = h.astype(jnp.float32) * here[..., None]
     sums = {"tokens": here.sum()}
     if "input" in want:
-        sums["input"] = gram(h, h)
+        sums["input"] = gram(read, read)
     if "absolute" in want:
-        sums["absolute"] = jnp.abs(h.astype(jnp.float32)).sum((0, 1))
+        sums["absolute"] = jnp.abs(read).sum((0, 1))
     if set(want) <= {"input", "absolute"}:
         return sums
     size = min(CHUNK, h.shape[1])
@@ -80,7 +76,7 @@ def _head_sums(shell: Model, tower: str, x: jax.Array, batch: Batch, want: tuple
         p = jax.nn.softmax(logits)
         squares = p * (1 - p) * jnp.square(slope) * here
         of_rows = jnp.square(h.astype(jnp.float32)) * squares.sum(-1, keepdims=True)
-        return {"output": squares.sum((0, 1)), "fisher": of_rows.sum((0, 1))}
+        return {"output": sharding.place(squares.sum((0, 1)), None), "fisher": of_rows.sum((0, 1))}
 
     made = jax.lax.map(one, (split_chunks(h, size), split_chunks(here[..., None], size)))
     return sums | {name: made[name].sum(0) for name in made if name in want}

@@ -108,7 +108,7 @@ def factorize(
     key: jax.Array | None = None,
     report: Report | None = None,
 ) -> Model:
-    """The model with the selected matrices of its layers factorized to a share `keep` of what they take.
+    """The model with the selected matrices factorized to a share `keep` of what they take.
 
     batches: calibration text, dicts with "tokens" (b, t) and what else the model reads; the method "svd" needs none.
     method, form: of `METHODS` and `lmx.reparam.decompose.FORMS`. allocation, price, grid, max_stacks: `choose_ranks`.
@@ -249,7 +249,7 @@ def rebuild(
     check_form(form)
     made = {p: part.decomposition.truncate(ranks[p]) for p, part in parts.items() if ranks[p] is not None}
     if batches:
-        at_ends = {path: pair for path, pair in made.items() if parts[path].site.layer is None}
+        at_ends = {path: pair for path, pair in made.items() if parts[path].site.at_end}
         behind_ends = _with(stacks.unstack(model), parts, at_ends, form)
         made |= _sequential(model, behind_ends, parts, ranks, batches, method)
     return finished(_with(stacks.unstack(model), parts, made, form), max_stacks)
@@ -261,10 +261,11 @@ def _with(apart: Model, parts: Parts, made: Mapping[str, tuple[np.ndarray, np.nd
     def one(path: str, w: Any) -> Any:
         if path not in made:
             return w
-        site, whole = parts[path].site, weights.dense(w)
-        if site.layer is None:
-            return _formed(*made[path], whole, site.inputs, form)
-        return jax.tree.map(lambda x: x[None], _formed(*made[path], whole[0], site.inputs, form))
+        site = parts[path].site
+        if site.at_end:
+            return _formed(*made[path], w, site.inputs, form)
+        one = jax.ShapeDtypeStruct(w.shape[1:], w.dtype)
+        return jax.tree.map(lambda x: x[None], _formed(*made[path], one, site.inputs, form))
 
     named = tree.paths(apart, weights.is_weight)
     leaves = [one(str(path), w) for path, w in named]
@@ -310,7 +311,7 @@ def _formed(a: np.ndarray, b: np.ndarray, like: Any, inputs: int, form: str) -> 
 
 def _runs(model: Model, parts: Parts, price: ranks_of.Price, grid: int | None) -> tuple[list, list]:
     """(for each tower its runs of neighbours with their curves by name, the paths of those names)."""
-    by_layer: dict[tuple[str, int], list[Part]] = {}
+    by_layer: dict[tuple[str, int | None], list[Part]] = {}
     for part in parts.values():
         by_layer.setdefault((part.site.tower, part.site.layer), []).append(part)
     curves, names = [], []
@@ -338,7 +339,7 @@ def _runs(model: Model, parts: Parts, price: ranks_of.Price, grid: int | None) -
             first += n * len(period)
         curves.append(tower_curves)
         names.append(tower_names)
-    for part in (part for part in parts.values() if part.site.layer is None):  # each by itself
+    for part in (part for part in parts.values() if part.site.at_end):  # each by itself
         curves.append([[{part.site.path: ranks_of.curve(part.decomposition, price, grid)}]])
         names.append([[{part.site.path: part.site.path}]])
     return curves, names
@@ -358,6 +359,6 @@ def _sequential(model, changed, parts, ranks, batches, method) -> dict[str, tupl
             made[path] = decompose(wanted, under if by_input else None, part.output).truncate(ranks[path])
         return {path: made[path][0] @ made[path][1] for path in seen}
 
-    chosen = [p.site for path, p in parts.items() if ranks[path] is not None and p.site.layer is not None]
+    chosen = [p.site for path, p in parts.items() if ranks[path] is not None and not p.site.at_end]
     behind.walk_behind(model, changed, batches, chosen, fit)
     return made

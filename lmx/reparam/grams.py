@@ -46,6 +46,10 @@ class Site:
     matrix: Matrix
 
     @property
+    def at_end(self) -> bool:
+        return self.layer is None
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.matrix.shape
 
@@ -115,10 +119,10 @@ def moments(
     wanted: Wanted = {}
     for site in sites(model, pattern):
         wanted.setdefault((site.tower, site.layer), []).append(site)
-    if ("embed", None) in wanted and ends.is_tied(model) and set(want) != {"input", "output"}:
+    if AT_TABLE in wanted and ends.is_tied(model) and set(want) != {"input", "output"}:
         raise ConfigError(
-            f"{ends.TABLE} is the head's matrix too: moments of its inputs alone say nothing of that use; ask for "
-            "'input' and 'output' (the method 'two-sided'), or leave it out"
+            f"{ends.TABLE} is the head's matrix too: moments of its inputs alone say nothing of that use; leave it "
+            "out, or ask for 'input' and 'output' (as the method 'two-sided' of factorizing does)"
         )
     if set(want) & set(GRADIENTS):
         yield from _backward(walk, wanted, tuple(want), jax.random.key(0) if key is None else key)
@@ -136,11 +140,12 @@ def _inputs(w: Any, spec: Any) -> int | None:
 
 
 Wanted = dict[tuple[str, int | None], list[Site]]  # by tower and layer
+AT_TABLE, AT_OUT = ("embed", None), ("head", None)
 
 
 def _forward(walk: Walk, wanted: Wanted, want: tuple[str, ...]) -> Iterator[dict[str, Moments]]:
     """Moments of inputs, from the first layer to the last."""
-    if ("embed", None) in wanted:
+    if AT_TABLE in wanted:
         yield {ends.TABLE: _of_table(ends.seen_by_table(walk, tower, None, want) for tower in walk.layers)}
     for tower, layers in walk.layers.items():
         xs = walk.enter(tower)
@@ -150,7 +155,7 @@ def _forward(walk: Walk, wanted: Wanted, want: tuple[str, ...]) -> Iterator[dict
                 yield _observed(walk, tower, block, xs, [jnp.zeros_like(x) for x in xs], here, want)[0]
             xs = walk.step(tower, block, xs)
         walk.leave(tower, xs)
-    if ("head", None) in wanted:
+    if AT_OUT in wanted:
         yield {ends.OUT: _means(ends.seen_by_head(walk, xs, want))}
 
 
@@ -163,10 +168,10 @@ def _backward(walk: Walk, wanted: Wanted, want: tuple[str, ...], key: jax.Array)
             entered[tower].append(walk.step(tower, block, entered[tower][-1]))
         walk.leave(tower, entered[tower][-1])
     of_memory, keys = [None] * len(walk.batches), jax.random.split(key, len(walk.batches))
-    of_table, as_head, table = [], None, ("embed", None) in wanted
-    if ("head", None) in wanted or table and ends.is_tied(walk.shell):
+    of_table, as_head, table = [], None, AT_TABLE in wanted
+    if AT_OUT in wanted or table and ends.is_tied(walk.shell):
         as_head = _means(ends.seen_by_head(walk, entered[tower][-1], want))
-    if ("head", None) in wanted:
+    if AT_OUT in wanted:
         yield {ends.OUT: as_head}
     for tower, layers in reversed(walk.layers.items()):
         last = zip(entered[tower].pop(), walk.batches, of_memory, keys, strict=True)
@@ -198,14 +203,19 @@ def _observed(walk: Walk, tower: str, block: Any, xs: list, gs: list, sites: lis
 def _of_table(sums: Iterable[dict[str, jax.Array]], as_head: Moments | None = None) -> Moments:
     """The moments of the table of token vectors over all towers, and of its use as the head's matrix.
 
-    Of two uses, A1 x G1 and A2 x G2 as Kronecker products, the product that has their sum's partial traces is taken.
+    Each token counts as if it had been seen once more, in the mean. Of two uses, A1 x G1 and A2 x G2 as Kronecker
+    products, the product that has their sum's partial traces is taken.
     """
-    seen = _means(functools.reduce(functools.partial(jax.tree.map, jnp.add), sums))
+    seen = _means(ends.total(sums))
+    once_more = lambda x: None if x is None else (seen.tokens * x + x.sum()) / (seen.tokens + len(x))  # noqa: E731
+    changed = {name: once_more(getattr(seen, name)) for name in ("input", "absolute", "fisher")}
+    seen = dataclasses.replace(seen, **changed)
     if as_head is None:
         return seen
-    mine, its = np.trace(seen.output), np.trace(as_head.input)
+    share = as_head.tokens / seen.tokens  # an encoder's tokens are not predicted
+    mine, its = np.trace(seen.output), share * np.trace(as_head.input)
     inner = seen.input * mine + as_head.output * its
-    outer = seen.output * seen.input.sum() + as_head.input * as_head.output.sum()
+    outer = seen.output * seen.input.sum() + share * as_head.input * as_head.output.sum()
     return dataclasses.replace(seen, input=inner, output=outer / inner.sum())
 
 

@@ -2,8 +2,8 @@
 
 An adapter is what `LoRA` weights hold beside their bases: `lmx.start(model, optimizer, train="lora_")` trains it
 alone, `lmx.save_adapter` writes it for PEFT. For y = x W with W (m, n), the update is (alpha / r) a b of rank r.
-`grams` are the inputs' second moments A = E[x' x] (m, m), by the path of one layer's weight, such as
-"decoder/layers[3]/mlp/up".
+`grams` are the inputs' second moments A = E[x' x] (m, m), or their diagonal (m,), by the path of one layer's weight,
+such as "decoder/layers[3]/mlp/up".
 """
 
 from __future__ import annotations
@@ -280,7 +280,8 @@ def _drawn(key: jax.Array, where: Key, m: int, rank: int) -> np.ndarray:
 
 def _leading(gram: np.ndarray, rank: int) -> np.ndarray:
     """(m, r): the leading eigenvectors."""
-    gram = np.diag(gram) if gram.ndim == 1 else gram
+    if gram.ndim == 1:
+        return (np.argsort(np.argsort(-gram))[:, None] == np.arange(rank)).astype(np.float64)
     return np.linalg.eigh(gram)[1][:, ::-1][:, :rank]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ import lmx
 from lmx.cli.main import main
 from lmx.core.kinds import Pivoted
 from lmx.data.tokenizers import byte_tokenizer
-from lmx.recipes import compare
+from lmx.recipes import compare, factorize
+from lmx.recipes.recovery import recover
 
 CONFIG = lmx.Config(
     vocab_size=257, num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, intermediate_size=48,
@@ -78,6 +80,25 @@ def test_recovery_brings_it_nearer_to_the_original(run):
     assert recovered["kl"] < plain["kl"] and recovered["recovery_steps"] == 12 and recovered["recovery_flops"] > 0
 
 
+def test_ctrl_c_ends_a_recovery_and_the_model_is_kept(run, place, monkeypatch):
+    def interrupted(small, model, rows, *args, **how):
+        """The recovery, with a real signal as its third batch is asked for."""
+
+        def until_the_third():
+            for i, row in enumerate(rows):
+                if i == 2:
+                    signal.raise_signal(signal.SIGINT)
+                yield row
+
+        return recover(small, model, until_the_third(), *args, **how)
+
+    monkeypatch.setattr(factorize, "recover", interrupted)
+    got = run(f"factorize model --keep 0.4 --method svd --data text {LITTLE} --recover 50 --output ended")
+    assert got["recovery_steps"] == 3
+    assert json.loads((place / "ended" / "structure.json").read_text())["notes"]["with"]["recover"] == 3
+    assert lmx.load(place / "ended")
+
+
 @pytest.mark.slow
 def test_compared_in_one_table(run, place, capsys):
     words = f"compare --model model --data text --keep 0.7 --methods svd,lmx,int8,lmx+recovery,depth,width {LITTLE}"
@@ -103,6 +124,7 @@ def test_compared_in_one_table(run, place, capsys):
     [
         ("factorize model --output x --keep 0", "--keep is a share, above 0 and at most 1, not 0.0"),
         ("factorize model --output x --keep 0.01 --data text --tokens 64 --length 32", "budget of .* is impossible"),
+        ("factorize model --output x --unit seconds --pattern embed/tokens", "embed/tokens is looked up, not mult"),
         ("factorize model --output x --unit number", "no unit 'number'.*did you mean 'numbers'"),
         ("factorize model --output x --method svdllm --data text --tokens 64 --length 32", "no method 'svdllm'"),
         ("factorize model --output x --pattern nothing --data text --tokens 64 --length 32", "selects nothing"),

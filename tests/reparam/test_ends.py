@@ -80,10 +80,10 @@ def test_what_they_see(untied, batches, seen):
     table, out = seen["embed/tokens"], seen["head/out"]
     assert table.tokens == out.tokens == n
     counts = np.bincount(tokens, minlength=97)
-    close(table.input, (counts + 1) / n)
-    close(table.absolute, (counts + 1) / n)
+    close(table.input, (counts + 1) / (n + 97))
+    close(table.absolute, (counts + 1) / (n + 97))
     close(table.output, g.T @ g / n)
-    close(table.fisher, np.bincount(tokens, (g**2).sum(1), 97) / n)
+    close(table.fisher, (np.bincount(tokens, (g**2).sum(1), 97) + (g**2).sum(1).mean()) / (n + 97))
     squares = p * (1 - p) * slope**2
     close(out.input, h.T @ h / n)
     close(out.absolute, np.abs(h).mean(0))
@@ -100,15 +100,21 @@ def test_going_forward_alone_sees_the_same_inputs(untied, batches, seen):
             close(getattr(got[path], kind), getattr(seen[path], kind))
 
 
-def test_a_table_with_two_uses_has_the_partial_traces_of_their_sum(tiny, batches):
+@pytest.mark.parametrize("name", ["tied", "t5"])
+def test_a_table_with_two_uses_has_the_partial_traces_of_their_sum(tiny, batches, name):
     """The head of a tied model sees what it does in an untied one with the same matrices."""
-    tied = tiny("tied", vocab_size=97)
+    tied = tiny(name, vocab_size=97, tie_embeddings=True)
+    if name == "t5":
+        batches = [b | {"encoder_tokens": b["tokens"][:, :7] // 2} for b in batches]
     head = tied.params.head.replace(out=tied.params.embed.tokens.T)
     apart = tied.replace(config=tied.config.replace(tie_embeddings=False), params=tied.params.replace(head=head))
     two = collect(apart, batches)
     table, out = two["embed/tokens"], two["head/out"]
+    assert (out.tokens < table.tokens) == (name == "t5")
     got = collect(tied, batches, ("input", "output"))["embed/tokens"]
-    whole = np.kron(np.diag(table.input), table.output) + np.kron(np.diag(out.output), out.input)
+    assert got.tokens == table.tokens
+    share = out.tokens / table.tokens  # the mean is over all tokens that are read
+    whole = np.kron(np.diag(table.input), table.output) + share * np.kron(np.diag(out.output), out.input)
     whole = whole.reshape(97, 16, 97, 16)
     close(np.diag(got.input) * np.trace(got.output), np.einsum("ikjk->ij", whole))
     close(got.output * got.input.sum(), np.einsum("kikj->ij", whole))
@@ -120,18 +126,47 @@ def test_both_towers_read_the_table(tiny, batches):
     seen = collect(model, [batch])
     together = np.concatenate([np.ravel(batch["tokens"]), np.ravel(batch["encoder_tokens"])])
     assert seen["embed/tokens"].tokens == len(together) and seen["head/out"].tokens == 10
-    close(seen["embed/tokens"].input, (np.bincount(together, minlength=97) + 1) / len(together))
+    close(seen["embed/tokens"].input, (np.bincount(together, minlength=97) + 1) / (len(together) + 97))
     memory = model.encoded(batch["encoder_tokens"])
     h = np.asarray(model.decoded(batch["tokens"], memory), np.float64).reshape(10, -1)
     close(seen["head/out"].input, h.T @ h / 10)
     assert np.linalg.matrix_rank(seen["embed/tokens"].output) == 16
 
 
-def test_on_a_mesh(untied, batches, seen, mesh):
-    got = collect(jax.device_put(untied, lmx.specs.shardings(untied.specs())), batches)
-    for path in seen:
+def test_in_chunks_and_half_precision(tiny, batches):
+    """Rows longer than a chunk, and activations in bfloat16, whose moments are sums in float32."""
+    long = [{name: jnp.tile(x, (1, 3)) for name, x in batch.items()} for batch in batches]
+    assert long[0]["tokens"].shape[1] > ends.CHUNK
+    exact = tiny("llama", vocab_size=97)
+    half = exact.replace(config=exact.config.replace(compute_dtype="bfloat16"))
+    one, other = (collect(m, long) for m in (exact, half))
+    h = np.concatenate([np.asarray(features(exact, b), np.float64)[np.asarray(b["segment_ids"], bool)] for b in long])
+    p = np.exp(np.concatenate([
+        np.asarray(exact.log_probs(features(exact, b)), np.float64)[np.asarray(b["segment_ids"], bool)] for b in long
+    ]))  # fmt: skip
+    close(one["head/out"].input, h.T @ h / len(h))
+    close(one["head/out"].output, (p * (1 - p)).mean(0))
+    for kind in ("input", "output"):  # no labels are drawn for these
+        a, b = getattr(one["head/out"], kind), getattr(other["head/out"], kind)
+        np.testing.assert_allclose(a, b, atol=0.05 * np.abs(a).max())
+    small = reparam.factorize(half, 0.6, long, pattern=ENDS, key=KEY)  # moments that are none would be refused
+    assert np.isfinite(divergence(half, small, long))
+
+
+@pytest.fixture(scope="module")
+def split(tiny, batches):
+    """A model whose vocabulary a mesh splits, and what its ends see without one."""
+    model = tiny("llama", vocab_size=104, logit_softcap=9.0, head_bias=True)
+    return model, collect(model, batches)
+
+
+@pytest.mark.slow
+def test_on_a_mesh(split, batches, mesh):
+    model, wanted = split
+    got = collect(jax.device_put(model, lmx.specs.shardings(model.specs())), batches)
+    for path in wanted:
         for kind in KINDS:
-            close(getattr(got[path], kind), getattr(seen[path], kind))
+            close(getattr(got[path], kind), getattr(wanted[path], kind))
 
 
 @pytest.mark.parametrize("form", [LowRank, Pivoted])
