@@ -4,10 +4,10 @@
     python experiments/factorize.py                    # factorized, and recovered by a short distillation
     python experiments/factorize.py --model MODEL --data 'texts/*.txt' --keep 0.7 --steps 0
 
-In a small model the table is a third of all numbers. Every row keeps the same share of *all* parameters, the table
-counted whether it is factorized (ALBERT's form, v x r and r x d) or not; ranks are shared out under one budget by what
-each matrix's loss of rank costs (both moments), and for comparison by the same share of each, which knows nothing of
-the text (svd). Then each is distilled from the original on the calibration's own kind of text for equal steps.
+In a small model the table is a third of all numbers. Every row keeps the same share of *all* parameters, the ends (the
+table, and a head's own matrix) counted whether they are factorized or not. "svd" knows nothing of the text and takes
+the same share of every matrix; "two-sided" knows what each matrix sees, and shares ranks out under one budget. Then
+each is distilled from the original for equal steps.
 
 """
 
@@ -24,12 +24,11 @@ import numpy as np
 import lmx
 from lmx import data, evaluate, reparam
 from lmx.recipes.recovery import recover
+from lmx.reparam import ends
 from lmx.reparam.grams import LINEARS
 from lmx.train.feed import place_batch
 from lmx.train.progress import si
 
-TABLE = "^embed/tokens$"
-WHAT = {"layers": LINEARS, "layers and table": f"{TABLE}|{LINEARS}"}
 SHAPE = dict(batch_size=8, length=256)
 
 
@@ -54,6 +53,8 @@ def experiment(arguments: argparse.Namespace, model: Any, caches: dict[str, data
     given = [text.at(step) for step in range(arguments.batches)]
     test = list(itertools.islice(data.evaluation_rows(caches["test"], **SHAPE), 16))
     total = lmx.specs.count(model)
+    at_ends = "|".join(f"^{path}$" for path in ends.paths(model))
+    patterns = {"layers": LINEARS, "layers and ends": f"{at_ends}|{LINEARS}"}
 
     def measured(other: Any) -> str:
         kl = 0.0 if other is model else evaluate.mean_kl(other, model, test, place=place_batch)
@@ -63,7 +64,7 @@ def experiment(arguments: argparse.Namespace, model: Any, caches: dict[str, data
     after = f"after {arguments.steps} steps"
     print(f"{'':37s}{'numbers':>9s}{'KL':>8s}{'perpl.':>9s}{after:>18s}")
     print(f"{'original':37s}{si(total):>9s}{measured(model)}", flush=True)
-    for what, pattern in WHAT.items():
+    for what, pattern in patterns.items():
         for method, allocation in (("svd", "uniform"), ("two-sided", "global")):
             parts = reparam.decompose_model(model, given, method=method, pattern=pattern)
             numbers = sum(int(np.prod(part.site.shape)) for part in parts.values())

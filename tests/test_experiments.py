@@ -51,6 +51,29 @@ def test_distill(tmp_path):
 
 
 @pytest.mark.slow
+def test_factorize(tmp_path):
+    """On a random model and a text in which nothing can be learned: every row is there, at equal numbers."""
+    import jax
+
+    import lmx
+    from lmx.data.tokenizers import byte_tokenizer
+
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 8))) for _ in range(500)]
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(rng.choices(words, k=9)) for _ in range(1500)))
+    config = lmx.preset("llama-tiny", vocab_size=257, hidden_size=32, intermediate_size=48, initializer_range=0.3)
+    lmx.save(lmx.init(config, jax.random.key(0)), tmp_path / "model", tokenizer=byte_tokenizer())
+    words = "--model model --data text.txt --keep 0.8 0.1 --batches 1 --steps 2".split()
+    lines = call("factorize.py", *words, cwd=tmp_path).splitlines()
+    rows = [line for line in lines if line.startswith("80%")]
+    assert len(rows) == 4
+    numbers = [float(row[37:46].split()[0]) for row in rows]
+    assert max(numbers) < 1.04 * min(numbers)  # ranks are whole numbers
+    assert sum("cannot be: the rest has more numbers" in line for line in lines) == 2
+    assert all(float(word) >= 0 for row in rows for word in row[46:].split())
+
+
+@pytest.mark.slow
 def test_translate(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"{n} and {n + 1}\n" for n in range(40)))
     (tmp_path / "b.txt").write_text("".join(f"{n + 1} und {n}\n" for n in range(40)))
