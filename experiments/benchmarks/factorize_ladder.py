@@ -8,9 +8,10 @@ and values (runs/grouped); or any other folders', with commas between. Of the nu
 and 50 % are removed, with no training step: by plain SVD, ASVD, FWSVD and SVD-LLM, with the same share of every matrix
 and two factors, as they are published; and by lmx's rungs, each with one thing more: both moments, ranks shared out
 under one budget, pivoted factors, layers fitted behind factorized ones. A row has perplexity and the KL divergence from
-the original (nats a token) on held-out text, of the first model the medians of three draws of calibration text, and how
-far the draws are apart; --elsewhere measures on a second text, which nothing was calibrated on. `ratio` of a case is SVD-LLM's KL over
-that of lmx's rung without the last step, above 1 where lmx is ahead; the whole one's, of the first model at 50 %.
+the original (nats a token) on held-out text, and of the first model the medians of three draws of calibration text and
+how far those are apart; --elsewhere measures on a second text, which nothing was calibrated on. `ratio` of a case is
+SVD-LLM's KL over that of lmx's rung without the last step, above 1 where lmx is ahead; the whole one's, of the first
+model at 50 %.
 
 --recover distills every row at 50 % (first model, first draw) from the original, all for the same steps; the FLOPs of
 student and teacher are counted. --encoder, a model of sentences, with --sentences, lines of tab-separated values whose

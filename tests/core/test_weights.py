@@ -193,6 +193,13 @@ def test_flops_count_every_copy():
     assert flops("Sum of array and LowRank and Quantized") == 2 * 5 * (2 * 16 * 8 + 3 * (16 + 8))
 
 
+def test_of_a_table_what_is_no_row_is_read_whole():
+    numbers = lambda kind: sum(x.size for x in weights.read_whole(make(kind, (16, 8), 1)))  # noqa: E731
+    assert numbers("array") == numbers("Quantized") == 0
+    assert numbers("LowRank") == numbers("Sum of array and LowRank and Quantized") == 3 * 8
+    assert numbers("LoRA over Quantized") == 2 * 8 and numbers("Pivoted") == 3 * 8 + 16
+
+
 # bfloat16 keeps 8 bits: one rounding moves a number by at most 2^-8 of it. A product of bfloat16 numbers is
 # summed in float32 and rounded once, and so are its gradients when the cotangent is bfloat16.
 BFLOAT16 = 2.0**-8

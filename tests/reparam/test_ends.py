@@ -9,6 +9,7 @@ import lmx
 from lmx import reparam
 from lmx.core.errors import ConfigError
 from lmx.core.kinds import LowRank, Pivoted
+from lmx.models.cost import cost
 from lmx.reparam import ends
 from lmx.reparam.grams import LINEARS, moments
 
@@ -187,6 +188,16 @@ def test_they_are_factorized_with_the_layers(tiny, batches, sound, name, form):
     np.testing.assert_allclose(
         lmx.logits(same, batches[0]["tokens"]), lmx.logits(model, batches[0]["tokens"]), atol=2e-3
     )
+
+
+def test_what_a_lookup_costs(tiny):
+    """Of a table a row is read; of its factors the second is read and multiplied whole."""
+    model = tiny("llama", vocab_size=97)
+    small = reparam.factorize(model, 0.5, method="svd", pattern="embed/tokens", form="two-factor", allocation="uniform")
+    rank = small.params.embed.tokens.rank
+    before, after = cost(model, 8), cost(small, 8)
+    assert after.forward_flops - before.forward_flops == 2 * rank * 16
+    assert after.decode_bytes - before.decode_bytes == 4 * rank * 16  # the row itself is nothing beside it
 
 
 def divergence(model, other, batches) -> float:
