@@ -80,7 +80,8 @@ def comparing(result: dict[str, Any], console: Console) -> None:
     whole = result["rows"][0]["decode_tokens_per_second"]
     slower = [_named(row) for row in result["rows"] if row["decode_tokens_per_second"] < whole]
     if slower:
-        console.print(f"slower than the original at decoding one row here: {', '.join(slower)}", **PLAIN)
+        rows = "one row" if result["batch"] == 1 else f"{result['batch']} rows"
+        console.print(f"slower than the original at decoding {rows} here: {', '.join(slower)}", **PLAIN)
     console.print(f"In {result['output']}: {', '.join(result['files'])}; {result['seconds']:.0f} s", **PLAIN)
 
 

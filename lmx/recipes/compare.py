@@ -61,6 +61,8 @@ class CompareOptions:
     """How many tokens to calibrate on."""
     test_tokens: int = 65_536
     """How many tokens of held-out text to measure on."""
+    batch: int = 1
+    """Rows at a time where speeds are measured."""
     recovery_steps: int = 100
     """Steps of distillation from the original in lmx+recovery."""
     length: int | None = None
@@ -159,6 +161,8 @@ def run(options: CompareOptions, console: Console | None = None) -> dict[str, An
     """
     o, begin, console = options, time.perf_counter(), console or Console(quiet=True)
     shares, names = _shares(o.keep), _names(o.methods)
+    if o.batch < 1:
+        raise ConfigError(f"--batch must be at least 1, not {o.batch}")
     output = Path(o.output).expanduser()
     taken = [name for name in RESULTS if (output / name).exists()]
     if taken and not o.overwrite:
@@ -176,22 +180,24 @@ def run(options: CompareOptions, console: Console | None = None) -> dict[str, An
             before = time.perf_counter()
             model = source.model if name == "original" else ROWS[name][0](given, 1.0 if keep is None else keep)
             spent = time.perf_counter() - before
-            measured = measure(model, source.model, held_out, size)
+            measured = measure(model, source.model, held_out, size, o.batch)
             rows.append({"method": name, "keep": keep} | measured | {"seconds": spent})
         if not console.is_terminal:
             console.print(f"{what}: perplexity {rows[-1]['perplexity']:.2f}", **PLAIN)
-    result = {"rows": rows, "model": source.name, "output": str(output), "files": list(RESULTS)}
+    result = {"rows": rows, "model": source.name, "batch": o.batch, "output": str(output), "files": list(RESULTS)}
     result["seconds"] = time.perf_counter() - begin
     write(output, result)
     return result
 
 
-def measure(model: Model, original: Model, batches: Sequence[dict], size: int) -> dict[str, Any]:
-    """Everything of a row that its model says; `size`: the bytes of text that the batches' targets spell."""
+def measure(model: Model, original: Model, batches: Sequence[dict], size: int, rows: int) -> dict[str, Any]:
+    """Everything of a row that its model says; `size`: the bytes of text that the batches' targets spell; speeds are
+    those of so many rows at a time."""
     nll, tokens = evaluate.mean_nll(model, batches), sum(float(b["weights"].sum()) for b in batches)
     length = batches[0]["tokens"].shape[1]
     price = cost(model, length)
-    speed = evaluate.speeds(model, prompt=128 if model.max_length is None else min(128, model.max_length - 32))
+    prompt = 128 if model.max_length is None else min(128, model.max_length - 32)
+    speed = evaluate.speeds(model, rows=rows, prompt=prompt)
     return {
         "perplexity": math.exp(nll),
         "bits_per_byte": nll * tokens / math.log(2) / size,

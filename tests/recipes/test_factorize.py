@@ -102,7 +102,7 @@ def test_ctrl_c_ends_a_recovery_and_the_model_is_kept(run, place, monkeypatch):
 @pytest.mark.slow
 def test_compared_in_one_table(run, place, capsys):
     words = f"compare --model model --data text --keep 0.7 --methods svd,lmx,int8,lmx+recovery,depth,width {LITTLE}"
-    words += " --test-tokens 256 --recovery-steps 2 --output table"
+    words += " --test-tokens 256 --recovery-steps 2 --batch 2 --output table"
     got = run(words)
     rows = {row["method"]: row for row in got["rows"]}
     assert list(rows) == ["original", "svd", "lmx", "int8", "lmx+recovery", "depth", "width"]
@@ -130,6 +130,7 @@ def test_compared_in_one_table(run, place, capsys):
         ("factorize model --output x --pattern nothing --data text --tokens 64 --length 32", "selects nothing"),
         ("factorize model --output x --tokens 8 --length 32", "8 tokens to calibrate on are less than one row of 32"),
         ("compare --model model --keep half", "shares with commas between, such as 0.8,0.5, not 'half'"),
+        ("compare --model model --batch 0", "--batch must be at least 1, not 0"),
         ("compare --model model --keep 2", "shares above 0 and at most 1, not 2"),
         ("compare --model model --methods best", "no method 'best', there are svd"),
     ],
