@@ -7,8 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lmx.train.progress import si
-
 PLAIN = dict(markup=False, highlight=False, soft_wrap=True)
 
 
@@ -67,16 +65,19 @@ def factorizing(result: dict[str, Any], console: Console) -> None:
 
 def comparing(result: dict[str, Any], console: Console) -> None:
     """What `lmx compare` ends with: the table."""
-    heads = ("method", "kept", "perplexity", "bits/byte", "KL", "parameters", "MB", "MFLOPs/token")
-    table = Table(*heads, "prefill/s", "decode/s", "s", box=None, header_style="bold")
+    heads = ("method", "kept", "perpl.", "bits/B", "KL", "param.", "MB", "MFLOP", "prefill", "decode", "s")
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for head in heads:
+        table.add_column(head, no_wrap=True, justify="left" if head == "method" else "right")
     for row in result["rows"]:
         table.add_row(
             row["method"], "" if row["keep"] is None else f"{row['keep']:.0%}", f"{row['perplexity']:.2f}",
-            f"{row['bits_per_byte']:.3f}", f"{row['kl']:.4f}", f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['bytes'] / 1e6:.2f}", f"{row['flops_per_token'] / 1e6:.2f}", si(row["prefill_tokens_per_second"]),
-            si(row["decode_tokens_per_second"]), f"{row['seconds']:.1f}",
+            f"{row['bits_per_byte']:.3f}", f"{row['kl']:.4f}", f"{row['parameters'] / 1e6:.2f}M",
+            f"{row['bytes'] / 1e6:.2f}", f"{row['flops_per_token'] / 1e6:.2f}",
+            *(f"{row[f'{phase}_tokens_per_second']:.0f}" for phase in ("prefill", "decode")), f"{row['seconds']:.1f}",
         )  # fmt: skip
     console.print(table)
+    console.print("KL: nats a token from the original; MFLOP: a token; prefill, decode: tokens/s; s: to make", **PLAIN)
     whole = result["rows"][0]["decode_tokens_per_second"]
     slower = [_named(row) for row in result["rows"] if row["decode_tokens_per_second"] < whole]
     if slower:
