@@ -117,5 +117,5 @@ def test_factorize_ladder(tmp_path):
     result = json.loads(call("benchmarks/factorize_ladder.py", *words, cwd=tmp_path).splitlines()[-1])
     assert result == json.loads((tmp_path / "results" / "factorize_ladder.json").read_text())
     (half,) = result["cases"]
-    assert half["case"] == "50% removed" and result["ratio"] == half["ratio"] > 1
+    assert half["case"] == "model, 50% removed" and result["ratio"] == half["ratio"] > 1
     assert len(half["medians"]) == 8 and all(kl > 0 for kl in half["medians"].values())
