@@ -26,11 +26,13 @@ AUTO = "auto"  # the compute dtype that suits the backend
 
 
 def check_positive(name: str, value: Any) -> None:
+    """Raise ConfigError for a field that is no whole number above 0."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name} must be a positive whole number, not {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise ConfigError, with the nearest choice, for a field that is none of them."""
     if value not in choices:
         raise ConfigError(f"{name} {value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}")
 

@@ -57,8 +57,8 @@ def batches(
 def input_moments(
     source: Source, pattern: str, text: str, tokens: int, seed: int, console: Console | None = None
 ) -> dict[str, np.ndarray]:
-    """Path of each selected matrix -> second moments of what it reads on a text, (m, m), (v,) of a
-    table of token vectors. Raises LmxErrors."""
+    """Path of each selected matrix -> second moments of what it reads on a text, (m, m), or of a table of token vectors
+    their diagonal (v,). Raises LmxErrors."""
     exact = "|".join(f"^{path}$" for path in reparam.matrix_paths(source.model, pattern))
     return moments_of(source.model, batches(source, text, tokens, seed, console), exact, console)
 

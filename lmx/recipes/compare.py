@@ -77,18 +77,22 @@ class CompareOptions:
 
 @dataclasses.dataclass
 class Given:
-    """What a row begins with, and what rows share: decompositions by method, each made once."""
+    """What a row begins with, and what rows share, each made once."""
 
     model: Model
     batches: list[dict]
     options: CompareOptions
-    parts: dict[str, Parts] = dataclasses.field(default_factory=dict)
+    made: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` makes, made at the first call with that name."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
 
     def decomposed(self, method: str) -> Parts:
-        if method not in self.parts:
-            key = jax.random.key(self.options.seed)
-            self.parts[method] = reparam.decompose_model(self.model, self.batches, method=method, key=key)
-        return self.parts[method]
+        key = jax.random.key(self.options.seed)
+        return self.once(method, lambda: reparam.decompose_model(self.model, self.batches, method=method, key=key))
 
 
 def uniform(method: str) -> Callable[[Given, float], Model]:
@@ -118,19 +122,20 @@ def recovered(given: Given, keep: float) -> Model:
 def depth(given: Given, keep: float) -> Model:
     """The layers that change what goes through them most; as many as come nearest to the share."""
     there = given.model.config.num_layers
-    importance = reparam.layer_importance(given.model, given.batches)
+    importance = given.once("layers", lambda: reparam.layer_importance(given.model, given.batches))
     return reparam.prune_layers(given.model, max(1, round(keep * there)), importance)
 
 
 def width(given: Given, keep: float) -> Model:
-    """The heads that matter most, whole groups of them, and as many feed-forward units as then fit the share."""
+    """The heads that matter most, whole groups of them, and as many feed-forward units as then fit the share, at least
+    one."""
     model, c = given.model, given.model.config
     numbers = {"attention": 0, "mlp": 0}
     for site in sites(model, LINEARS):
         numbers[site.matrix.name.split("/")[0]] += math.prod(site.shape)
     groups = max(1, round(keep * c.num_kv_heads))
     left = keep * sum(numbers.values()) - numbers["attention"] * groups / c.num_kv_heads
-    seen = calibration.moments_of(model, given.batches, "/(attention/out|mlp/down)$")
+    seen = given.once("outputs", lambda: calibration.moments_of(model, given.batches, "/(attention/out|mlp/down)$"))
     units = max(1, int(c.intermediate_size * left / numbers["mlp"]))
     heads, feeding = reparam.head_importance(model, seen), reparam.unit_importance(model, seen)
     model = reparam.prune_units(model, min(units, c.intermediate_size), importance=feeding)
@@ -138,6 +143,7 @@ def width(given: Given, keep: float) -> Model:
 
 
 def int8(model: Model) -> Model:
+    """The layers' matrices in int8, by groups."""
     return reparam.quantize_model(model, LINEARS)
 
 

@@ -98,11 +98,7 @@ def recover(
     step = make_train_step(of_parts, made, accumulate=accumulate, clip_norm=clip_norm)
     seen: collections.Counter[int] = collections.Counter()  # tokens by the length of their row
     rows, length = _peeked(batches)
-    with contextlib.ExitStack() as stack:
-        report = None
-        if console is not None:
-            report = ProgressReport(console, steps, sum(_flops(student, teacher, length)))
-            stack.enter_context(report.shown())
+    with _shown(console, steps, sum(_flops(student, teacher, length))) as report:
         counted = _counted(map(place, rows), seen)
         outcome = run_loop(state, step, counted, steps=steps, report=report, asked_to_stop=asked_to_stop)
     spent = [(n, _flops(student, teacher, t)) for t, n in seen.items()]
@@ -116,6 +112,17 @@ def recover(
         skipped=outcome.skipped,
         tokens_per_second=outcome.tokens_per_second,
     )
+
+
+@contextlib.contextmanager
+def _shown(console: Console | None, steps: int, flops: int) -> Iterator[ProgressReport | None]:
+    """The report of the steps on a console, as long as they last."""
+    if console is None:
+        yield None
+        return
+    report = ProgressReport(console, steps, flops)
+    with report.shown():
+        yield report
 
 
 def _flops(student: Any, teacher: Any, length: int) -> tuple[int, int]:

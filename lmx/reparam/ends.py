@@ -19,7 +19,7 @@ from lmx.models.protocol import split_chunks
 from lmx.models.transformer import Model
 from lmx.nn import heads
 from lmx.reparam.taps import Tap, zeros
-from lmx.reparam.walk import Batch, Walk, enter, given, gram, leave, real
+from lmx.reparam.walk import Batch, Walk, enter, gram, leave, read_by, real
 
 TABLE, OUT = "embed/tokens", "head/out"
 CHUNK = 64  # positions whose logits are held at a time
@@ -85,7 +85,7 @@ def _head_sums(shell: Model, tower: str, x: jax.Array, batch: Batch, want: tuple
 @functools.partial(jax.jit, static_argnames=("tower", "want"))
 def _table_sums(shell: Model, tower: str, batch: Batch, g: jax.Array | None, want: tuple[str, ...]) -> Sums:
     here, table = real(batch, tower), shell.params.embed.tokens
-    tokens, size = sharding.place(given(shell, tower, batch)[0], None, None), table.shape[0]
+    tokens, size = sharding.place(read_by(shell, tower, batch)[0], None, None), table.shape[0]
     by_token = lambda x: jnp.zeros(size).at[tokens].add(sharding.place(x, None, None))  # noqa: E731
     counts = by_token(here)
     sums = {"tokens": here.sum()} | {name: counts for name in ("input", "absolute") if name in want}

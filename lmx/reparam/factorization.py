@@ -348,7 +348,7 @@ def _runs(model: Model, parts: Parts, price: ranks_of.Price, grid: int | None) -
 def _sequential(model, changed, parts, ranks, batches, method) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The factors of every matrix in the layers, fitted behind the factorized layers before it.
 
-    changed: the model behind whose ends they are."""
+    changed: the same model, the matrices at its ends already replaced."""
     arrays, made = _Matrices(model), {}
     by_input = "input" in METHODS[method][0]
 

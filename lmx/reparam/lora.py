@@ -281,7 +281,7 @@ def _drawn(key: jax.Array, where: Key, m: int, rank: int) -> np.ndarray:
 def _leading(gram: np.ndarray, rank: int) -> np.ndarray:
     """(m, r): the leading eigenvectors."""
     if gram.ndim == 1:
-        return (np.argsort(np.argsort(-gram))[:, None] == np.arange(rank)).astype(np.float64)
+        return (np.argsort(np.argsort(-gram, kind="stable"))[:, None] == np.arange(rank)).astype(np.float64)
     return np.linalg.eigh(gram)[1][:, ::-1][:, :rank]
 
 

@@ -86,7 +86,7 @@ def real(batch: Batch, tower: str = "decoder") -> jax.Array:
     return jnp.ones(tokens.shape, jnp.float32) if segments is None else (segments != 0).astype(jnp.float32)
 
 
-def given(shell: Model, tower: str, batch: Batch) -> tuple:
+def read_by(shell: Model, tower: str, batch: Batch) -> tuple:
     """Tokens, segments, positions and types as the tower reads them."""
     if tower == "encoder" and shell.config.architecture == "encoder_decoder":
         return batch["encoder_tokens"], batch.get("encoder_segment_ids"), None, None
@@ -96,7 +96,7 @@ def given(shell: Model, tower: str, batch: Batch) -> tuple:
 @functools.partial(jax.jit, static_argnames="tower")
 def enter(shell: Model, tower: str, batch: Batch) -> jax.Array:
     """What a batch brings to a tower's first layer (b, t, d)."""
-    return shell.enter_tower(tower, *given(shell, tower, batch))[0]
+    return shell.enter_tower(tower, *read_by(shell, tower, batch))[0]
 
 
 @functools.partial(jax.jit, static_argnames="tower")
@@ -151,7 +151,7 @@ def _step(shell: Model, tower: str, block: Any, x: jax.Array, batch: Batch, memo
 
 def _layer(shell: Model, tower: str, batch: Batch, memory: Any) -> Callable[[Any, jax.Array], jax.Array]:
     """One layer as a function of its block and x (b, t, d)."""
-    read = given(shell, tower, batch)
+    read = read_by(shell, tower, batch)
     x, about = shell.enter_tower(tower, *read)
     mask = None if memory is None else memory_mask(read[0], read[1], batch.get("encoder_segment_ids"))
     return blocks.layer(

@@ -83,6 +83,15 @@ def test_eva_begins_with_the_inputs_leading_directions(tiny):
         np.testing.assert_allclose(np.abs(vectors.T @ a), np.eye(2), atol=1e-6)
 
 
+def test_eva_of_diagonal_moments_takes_what_is_largest(tiny):
+    """As of a table, whose inputs' moments are how often each token comes."""
+    model, often = tiny(), np.arange(29.0)[::-1] % 7
+    model = reparam.attach(model, "embed/tokens", 2, init="eva", grams={"embed/tokens": often})
+    a = np.asarray(model.params.embed.tokens.lora_a)
+    assert a.shape == (29, 2) and set(a.argmax(0)) == set(np.argsort(-often, kind="stable")[:2])
+    np.testing.assert_array_equal(a[a != 0], 1.0)
+
+
 def test_corda_takes_the_best_under_the_moments(tiny):
     """Its update leaves E|x W'|^2 = the sum of the squares of the singular values of A^(1/2) W beyond the rank."""
     model = tiny()
