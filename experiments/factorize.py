@@ -9,6 +9,22 @@ table, and a head's own matrix) counted whether they are factorized or not. "svd
 the same share of every matrix; "two-sided" knows what each matrix sees, and shares ranks out under one budget. Then
 each is distilled from the original for equal steps.
 
+Results with --steps 60 (Python 3.11 with jax 0.10.2, one draw of text), the model of `lmx train`:
+
+                                           numbers      KL   perpl.    after 60 steps
+    original                                 1.9 M   0.000    64.21
+    80%, layers, svd                        1.52 M   0.447   100.37   0.093    70.97
+    65%, layers, svd                        1.23 M   1.433   275.41   0.270    86.63
+    80%, layers, two-sided                  1.52 M   0.023    66.40   0.023    66.42
+    65%, layers, two-sided                  1.24 M   0.121    74.53   0.066    70.33
+    80%, layers and ends, svd               1.52 M   0.234    79.75   0.079    70.25
+    65%, layers and ends, svd               1.24 M   0.740   133.44   0.180    77.59
+    80%, layers and ends, two-sided         1.53 M   0.022    66.32   0.030    66.85
+    65%, layers and ends, two-sided         1.24 M   0.094    72.28   0.062    69.65
+
+Under one budget the ends give little at 80 %, where the layers have enough to spare, and a fifth of the divergence at
+65 %. What the method knows counts for more than where it looks, before and after distillation. At 80 % the two-sided
+rows, near their original already, gain nothing by distillation at its peak rate of 1e-3; no other was tried.
 """
 
 from __future__ import annotations
