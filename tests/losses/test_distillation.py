@@ -137,7 +137,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(pair):
     for divergence in ("forward", "reverse", "jsd"):
         (total, (weight, metrics)), grads = differentiate(same, make_batch(), divergence=divergence)
         assert abs(total) < 1e-6 * weight and np.abs(grads.student.rows).max() < 1e-5
-        assert metrics["agreement"][0] == metrics["agreement"][1]
+        agreed, of = metrics["agreement"]  # sums of the same weights, in any order: one token less would be 1e-3 less
+        np.testing.assert_allclose(agreed, of, rtol=1e-6)
 
 
 def test_near_its_teacher_the_divergence_keeps_its_digits(pair):
