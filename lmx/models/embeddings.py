@@ -76,20 +76,34 @@ def encode_texts(
     longest = getattr(model, "max_length", None)
     limit = longest if max_length is None else max_length if longest is None else min(max_length, longest)
     ids = tokenizer.encode_framed(texts, limit)
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # the longest first: what does not fit fails at once
-    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
-    padded = (_inputs([ids[i] for i in batch], batch_size, limit) for batch in batches)
+    batches = _batches([len(row) for row in ids], batch_size, limit)
+    padded = (_inputs([ids[i] for i in batch], shape) for batch, shape in batches)
     parts = [_embed(model, *inputs, pool=pool, normalise=normalise) for inputs in padded]
     vectors = np.empty((len(ids), parts[0].shape[-1]), np.float32)
-    for batch, part in zip(batches, parts, strict=True):  # all batches are under way before the first is fetched
+    for (batch, _), part in zip(batches, parts, strict=True):  # all batches are under way before the first is fetched
         vectors[batch] = np.asarray(part)[: len(batch)]
     return vectors
 
 
-def _inputs(rows: Sequence[Sequence[int]], batch_size: int, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of ids, the longest first, as (tokens, segment_ids), each (b, t): t is their `padded_length`, at most
-    `limit`; b is batch_size or a smaller power of two, filled up with rows of padding."""
-    t = padded_length(len(rows[0]))
-    t = t if limit is None else min(t, limit)
-    b = min(1 << (len(rows) - 1).bit_length(), batch_size)
+def _batches(lengths: Sequence[int], batch_size: int, limit: int | None) -> list[tuple[list[int], tuple[int, int]]]:
+    """Which texts run together, the longest first (so that what does not fit fails at once), and at which shape (b, t).
+
+    t is the `padded_length` of the batch's longest text, at most `limit`; b is batch_size, or a half or a quarter of
+    it where so many rows hold all the texts of that padded length: shorter texts fill the rows up, and there are at
+    most three shapes a length.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches = []
+    while order:
+        t = padded_length(lengths[order[0]])
+        alike = sum(padded_length(lengths[i]) == t for i in order[:batch_size])
+        b = next(b for b in (-(-batch_size // 4), -(-batch_size // 2), batch_size) if alike <= b)
+        batches.append((order[:b], (b, t if limit is None else min(t, limit))))
+        order = order[b:]
+    return batches
+
+
+def _inputs(rows: Sequence[Sequence[int]], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids as (tokens, segment_ids), each of `shape`, filled up with padding on the right and below."""
+    b, t = shape
     return pad(rows, t, b), pad([[1] * len(row) for row in rows], t, b)

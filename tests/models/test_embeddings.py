@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, processors
 
 from lmx import hf
@@ -21,6 +23,7 @@ from lmx.core.errors import ConfigError, DataError
 from lmx.data.tokenizers import Tokenizer, load_tokenizer
 from lmx.models import embeddings, transformer
 from lmx.models.config import Config
+from lmx.models.padding import padded_length
 
 ENCODER = Config(
     vocab_size=40, num_layers=2, hidden_size=16, num_heads=4, intermediate_size=32, architecture="encoder",
@@ -91,6 +94,22 @@ def test_few_shapes_are_compiled(encoder, tokenizer, texts):
     embeddings._embed.clear_cache()
     embeddings.encode_texts(encoder, tokenizer, many, batch_size=4, pool="last")
     assert embeddings._embed._cache_size() <= 4  # 8, 16 and 20 tokens, and a rest of one row
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=80), st.integers(1, 9))
+def test_each_text_runs_once_beside_others_of_its_length(lengths, batch_size):
+    batches = embeddings._batches(lengths, batch_size, 50)
+    assert sorted(i for batch, _ in batches for i in batch) == list(range(len(lengths)))
+    for batch, (b, t) in batches:
+        longest = padded_length(max(lengths[i] for i in batch))
+        assert len(batch) <= b <= batch_size and t == min(longest, 50)
+        assert b == -(-batch_size // 4) or sum(padded_length(lengths[i]) == longest for i in batch) > b // 2
+
+
+def test_few_long_texts_do_not_lengthen_many_short_ones():
+    """32 rows of 400 would be 12800 tokens, three quarters of them padding."""
+    shapes = [shape for _, shape in embeddings._batches([400, 350, 330] + [90] * 13 + [8] * 16, 32, 512)]
+    assert shapes == [(8, 448), (8, 96), (16, 8)]
 
 
 def test_long_texts_are_cut(encoder, tokenizer):
