@@ -92,7 +92,7 @@ def test_classify(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["data", "attention", "train_step", "decode", "startup", "scaling", "utilisation", "load"]
+    "name", ["data", "attention", "train_step", "decode", "startup", "scaling", "utilisation", "load", "grams"]
 )
 def test_benchmark(name, tmp_path):
     if name in ("train_step", "decode"):

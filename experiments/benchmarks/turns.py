@@ -163,8 +163,12 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def processor() -> str:
+    """Its name and the widest vectors that it has, on which products depend most."""
     with open("/proc/cpuinfo") as info:
-        return next((line.split(":")[1].strip() for line in info if line.startswith("model name")), platform.machine())
+        lines = dict(line.split(":", 1) for line in info if ":" in line)  # those of the last core
+    lines = {name.strip(): value.strip() for name, value in lines.items()}
+    vectors = [flag for flag in ("avx512_bf16", "avx512f", "avx2") if flag in lines.get("flags", "").split()]
+    return ", ".join([lines.get("model name", platform.machine()), *vectors[:1]])
 
 
 def product_rate(dtype: str = "float32", size: int = 2048, rounds: int = 7) -> float:

@@ -175,8 +175,25 @@ def multiply(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
     else:
         out_spec = None
     if x.dtype == jnp.float32:
+        if rows == 1 and few_rows(x.shape[0]) and (turned := _weight_first(left, right, out)):
+            return jnp.moveaxis(jax.lax.optimization_barrier(jnp.einsum(turned, w, x)), -1, 0)
         return jnp.einsum(subscripts, x, w, out_sharding=out_spec)
     return _low_precision(subscripts, out_spec, x, w)
+
+
+def few_rows(rows: int) -> bool:
+    """Whether so many rows are multiplied faster by a weight that has its outputs first, as `OutputsFirst` of
+    `lmx.core.kinds` has them: on a CPU, several and yet few. XLA's backend there spends more time on rearranging a
+    matrix for a product of more than one row than on the product, unless that is written with the weight first; with
+    many rows that does not count."""
+    return 2 < rows <= 32 and sharding.mesh_kind() is None and sharding.platform() == "cpu"
+
+
+def _weight_first(left: str, right: str, out: str) -> str | None:
+    """The product with the weight as the first operand and x's rows last, where its outputs come before its inputs. XLA
+    would turn that round again: it must not see that the result is transposed."""
+    outputs, inputs = out[1:], left[1:]
+    return f"{right},{left}->{outputs}{left[0]}" if right == outputs + inputs else None
 
 
 def _shared_lead(left: str, right: str, out: str) -> int:

@@ -24,10 +24,9 @@ from jax import Array
 from lmx.core.errors import ConfigError
 from lmx.decode import stopping
 from lmx.decode.request import Request, check
-from lmx.decode.rows import place_rows, prefill, rowwise, take_rows
+from lmx.decode.rows import for_steps, place_rows, prefill, rowwise, take_rows
 from lmx.decode.sampling import Sampling
 from lmx.models.protocol import LanguageModel
-from lmx.models.stacks import unstack
 
 EMPTY = -1e9
 
@@ -128,8 +127,8 @@ def _check_options(num_beams: Any, num_return_sequences: Any, early_stopping: An
 def _search(
     model: LanguageModel, tokens: Array, lengths: Array | None, options: Options, max_new_tokens: int, returned: int
 ) -> Beams:
-    model = unstack(model)  # once, outside the loop
     (b, t), k = tokens.shape, options.num_beams
+    model = for_steps(model, b * k)
     state, last, _ = prefill(model, tokens, lengths, t + max_new_tokens)
     same = place_rows(jnp.zeros((b, k), jnp.int32))
     state, last = take_rows((state, last), same)  # every beam begins as a copy of its row

@@ -20,10 +20,9 @@ from jax import Array
 from lmx.decode import stopping
 from lmx.decode.drafts import seen_tokens
 from lmx.decode.request import Request, check, given
-from lmx.decode.rows import place_rows, prefill
+from lmx.decode.rows import for_steps, place_rows, prefill
 from lmx.decode.sampling import Sampling, choose
 from lmx.models.protocol import LanguageModel, take_token
-from lmx.models.stacks import unstack
 
 
 class Generated(NamedTuple):
@@ -134,7 +133,7 @@ def generate(
 def _generate(
     model: LanguageModel, tokens: Array, lengths: Array | None, request: Request, max_new_tokens: int
 ) -> Generated:
-    model = unstack(model)  # once, outside the loop
+    model = for_steps(model, tokens.shape[0])
     progress = begin(model, tokens, lengths, request, tokens.shape[1] + max_new_tokens)
     b = tokens.shape[0]
     nothing = Generated(
@@ -182,7 +181,7 @@ def stream(
     tokens, lengths = check(model, tokens, lengths, max_new_tokens, request)
 
     def pieces() -> Iterator[np.ndarray]:
-        whole = _unstack(model)  # once: a step that did it would copy every weight
+        whole = _for_steps(model, tokens.shape[0])  # once: a step that did it would copy every weight
         progress = _begin(whole, tokens, lengths, request, tokens.shape[1] + int(max_new_tokens))
         for _ in range(max_new_tokens):
             progress = _advance(whole, progress, request)
@@ -193,6 +192,6 @@ def stream(
     return pieces()
 
 
-_unstack = jax.jit(unstack)
+_for_steps = jax.jit(for_steps, static_argnames="rows")
 _begin = jax.jit(begin, static_argnames="length")
 _advance = jax.jit(advance, donate_argnames="progress")

@@ -18,11 +18,19 @@ from jax.sharding import PartitionSpec as P
 from lmx.core import sharding
 from lmx.core.sharding import place
 from lmx.models.protocol import LanguageModel, take_token
+from lmx.models.stacks import unstack
 
 
 def place_rows(x: Array) -> Array:
     """On a mesh, x (b, ...) split by rows and by nothing else; a scalar is left as it is."""
     return place(x, "batch", *[None] * (x.ndim - 1)) if x.ndim else x
+
+
+def for_steps(model: LanguageModel, rows: int) -> LanguageModel:
+    """The same model, arranged once, outside the loop, for many steps of so many rows: every layer a stack of its own,
+    and each part that has a `for_steps` as that says."""
+    has = lambda x: hasattr(x, "for_steps")  # noqa: E731
+    return jax.tree.map(lambda x: x.for_steps(rows) if has(x) else x, unstack(model), is_leaf=has)
 
 
 def prefill(

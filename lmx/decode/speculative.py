@@ -27,10 +27,9 @@ from lmx.core.errors import ConfigError
 from lmx.decode import stopping
 from lmx.decode.drafts import Draft, ModelDraft, Proposal, seen_tokens
 from lmx.decode.request import Request, check
-from lmx.decode.rows import place_rows, prefill, rowwise
+from lmx.decode.rows import for_steps, place_rows, prefill, rowwise
 from lmx.decode.sampling import Sampling, distribution, sample
 from lmx.models.protocol import LanguageModel, take_token
-from lmx.models.stacks import unstack
 
 
 class Speculated(NamedTuple):
@@ -121,9 +120,10 @@ def _check_rewinds(name: str, model: LanguageModel, rows: int) -> None:
 def _speculate(
     model: LanguageModel, tokens: Array, lengths: Array | None, draft: Draft, request: Request, n: int
 ) -> Speculated:
-    model = unstack(model)  # once, outside the loop
+    b = tokens.shape[0]
+    model = for_steps(model, b * (draft.num_tokens + 1))  # positions count as rows
     if isinstance(draft, ModelDraft):
-        draft = replace(draft, model=unstack(draft.model))
+        draft = replace(draft, model=for_steps(draft.model, b))
     room = tokens.shape[1] + n + draft.num_tokens - 1
     state, _, real = prefill(model, tokens, lengths, room)
     begun = _begin(tokens, real, room, n, request)

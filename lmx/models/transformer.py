@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmx.core import sharding, specs, weights
+from lmx.core import kinds, sharding, specs, weights
 from lmx.core.errors import ConfigError
 from lmx.core.nodes import node, static
 from lmx.models import blocks, cache
@@ -295,6 +295,17 @@ class Model:
         x = self._embed("decoder", tokens, positions, None)
         x, state = cache.step(self.config, self.params.decoder, state, x, positions)
         return sharding.place(self.log_probs(x), "batch", None, "vocab"), state
+
+    def for_steps(self, rows: int) -> Model:
+        """The same model as many steps of so many rows want it: its matrices are stored as they are multiplied fastest
+        (`lmx.core.weights.few_rows`), in memory of their own."""
+        if not weights.few_rows(rows) or self.params.decoder is None:
+            return self
+        own, p = self.specs().params, self.params
+        layers, head = jax.tree.map(
+            kinds.outputs_first, (own.decoder.layers, own.head), (p.decoder.layers, p.head)
+        )  # fmt: skip
+        return self.replace(params=p.replace(decoder=p.decoder.replace(layers=layers), head=head))
 
     def rewind(self, state: DecodeState, lengths: jax.Array) -> DecodeState:
         """The state as if only the first lengths (b,) tokens of each row had been fed."""

@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from lmx import data
 from lmx.core import specs
 from lmx.core.errors import FolderError
 from lmx.models import structure, transformer  # noqa: F401  (registers the nodes of models)
+from lmx.models.filenames import TOKENIZER_TEXTS
 from lmx.train import leaves, steps, verified
 from lmx.train.checkpoints import open_path
 from lmx.train.verified import Damaged
@@ -31,18 +34,39 @@ from lmx.train.verified import Damaged
 MODEL = "model"  # the key in a checkpoint's extra data
 
 
-def travelling(model: Any, tokenizer: data.Tokenizer | None, notes: dict | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class StoredFiles:
+    """A tokenizer's files as a checkpoint holds them, the chat template among them: what `lmx.save` takes."""
+
+    content: Mapping[str, Any]  # by name; of those that end with .json the value, of others the text
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.content)
+
+    def save(self, folder: str | Path) -> None:
+        """Write them."""
+        for name, content in self.content.items():
+            text = json.dumps(content, indent=2) + "\n" if name.endswith(".json") else content
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+
+
+def travelling(model: Any, tokenizer: Any, notes: dict | None = None) -> dict[str, Any]:
     """What goes into a checkpoint's extra data under "model": structure (and in it the config), tokenizer and notes.
 
     model: the whole model as the state has it (`state.model`), with arrays or `jax.ShapeDtypeStruct`s.
+    tokenizer: anything with `save(folder)`, or None. Vocabularies that only repeat its tokenizer.json stay behind.
     """
     stand_in = lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # noqa: E731
     made: dict[str, Any] = {"structure": structure.describe(jax.tree.map(stand_in, model))[0], "notes": notes or {}}
     if tokenizer is not None:
         with tempfile.TemporaryDirectory(prefix="lmx-tokenizer-") as folder:
             tokenizer.save(folder)
-            files = sorted(Path(folder).iterdir())
-            made["tokenizer"] = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
+            files = [path for path in sorted(Path(folder).iterdir()) if path.name in TOKENIZER_TEXTS]
+            texts = {path.name: path.read_text(encoding="utf-8") for path in files}
+        made["tokenizer"] = {
+            name: json.loads(text) if name.endswith(".json") else text for name, text in texts.items()
+        }
     return made
 
 
@@ -73,6 +97,11 @@ def open_tokenizer(name: str) -> data.Tokenizer | None:
     return _first_sound(name, load_tokenizer)
 
 
+def open_tokenizer_files(name: str) -> StoredFiles | None:
+    """The same as files, the chat template with it where there is one. Raises as `open_checkpoint`."""
+    return _first_sound(name, _stored_files)
+
+
 def travelled(path: Any) -> dict[str, Any]:
     """What `travelling` gave to a checkpoint. Raises Damaged, or FolderError if nothing did."""
     found = verified.about(path)["extra"].get(MODEL)
@@ -83,13 +112,17 @@ def travelled(path: Any) -> dict[str, Any]:
 
 def load_tokenizer(path: Any) -> data.Tokenizer | None:
     """The tokenizer of one checkpoint."""
-    files = travelled(path).get("tokenizer")
+    files = _stored_files(path)
     if files is None:
         return None
     with tempfile.TemporaryDirectory(prefix="lmx-tokenizer-") as folder:
-        for file, content in files.items():
-            (Path(folder) / file).write_text(json.dumps(content), encoding="utf-8")
+        files.save(folder)
         return data.load_tokenizer(folder)
+
+
+def _stored_files(path: Any) -> StoredFiles | None:
+    content = travelled(path).get("tokenizer")
+    return None if content is None else StoredFiles(content)
 
 
 def _first_sound(name: str, read: Any) -> Any:

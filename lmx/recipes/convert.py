@@ -56,13 +56,14 @@ def run(options: ConvertOptions) -> dict[str, Any]:
         raise ConfigError("like says how to write Hugging Face's format; leave it out, or give to=hf")
     dtype = None if o.dtype is None else jnp.dtype(o.dtype)
     model = hf.load(source, dtype=dtype) if foreign else models.load_model(str(source), dtype=dtype)
-    if checkpointed.found_in(str(source)):
-        origin, tokenizer = None, checkpointed.open_tokenizer(str(source))
+    if foreign:
+        origin, tokenizer = files.origin(source), hf.TokenizerFiles(source)
     else:
-        place = source if foreign else models.model_folder(str(source))
-        origin, tokenizer = files.origin(place), hf.TokenizerFiles(place)
+        stands_alone = checkpointed.found_in(str(source))
+        origin = None if stands_alone else files.origin(models.model_folder(str(source)))
+        tokenizer = models.tokenizer_files(str(source))
         if origin is None and to == "hf":  # born in lmx: the tokenizer says which token ends a text
-            tokenizer = models.load_tokenizer(str(source))
+            tokenizer = models.ending(str(source), tokenizer)
     target = Path(o.target).expanduser()
     if to == "hf":
         hf.save(model, target, tokenizer=tokenizer, overwrite=o.overwrite, format="hf", like=o.like or origin)

@@ -19,7 +19,7 @@ from lmx import data, evaluate
 from lmx.core.errors import DataError, FolderError, nearest
 from lmx.data import ChatTemplate, Document, Examples, TokenCache, Tokenizer, special_tokens
 from lmx.hf import files
-from lmx.recipes import checkpointed, models, objectives
+from lmx.recipes import models, objectives
 from lmx.recipes.options import TrainOptions
 from lmx.train.progress import si
 
@@ -82,7 +82,7 @@ def _prepare_stream(options: TrainOptions, folder: Path, console: Console) -> No
 def _prepare_examples(options: TrainOptions, folder: Path, console: Console) -> None:
     """Examples are split by what is asked (the source, the first message), so that no two splits ask the same."""
     o, chat = options, options.objective == "chat"
-    template = data.load_template(_home(o)) if chat else None
+    template = _template(o) if chat else None
     with console.status(f"reading {escape(o.data)}"):
         read = read_conversations(o.data) if chat else read_pairs(o.data)
         splits = data.split_by(read, (lambda turns: json.dumps(turns[0])) if chat else (lambda pair: pair.source))
@@ -101,7 +101,7 @@ def _prepare_examples(options: TrainOptions, folder: Path, console: Console) -> 
     )
     place = folder / "tokenizer"
     place.mkdir(parents=True, exist_ok=True)
-    (files.TokenizerFiles(_home(o)) if chat else made).save(place)  # with the template, and all that it may name
+    (_its_files(o) if chat else made).save(place)  # with the template, and all that it may name
     for name, one in examples.items():
         data.save_examples(one, folder / f"{name}.safetensors")
     _write(folder, {"examples": [f"{name}.safetensors" for name in SPLITS]})
@@ -121,11 +121,18 @@ def _encode(options: TrainOptions, read: list, tokenizer: Tokenizer, template: C
     return data.encode_pairs(read, tokenizer, start_id=start, source_start_id=special_tokens.first_id(tokenizer))
 
 
-def _home(options: TrainOptions) -> Path:
-    """The folder that the tokenizer is in, and the chat template with it."""
-    if options.init is None or checkpointed.found_in(options.init):
-        return Path(options.init or options.tokenizer).expanduser()
-    return models.model_folder(options.init)
+def _template(options: TrainOptions) -> data.ChatTemplate:
+    """The chat template of the model to start from, or of the tokenizer's folder."""
+    if options.init is not None:
+        return models.load_template(options.init)
+    return data.load_template(Path(options.tokenizer).expanduser())
+
+
+def _its_files(options: TrainOptions) -> Any:
+    """The files of the tokenizer, the chat template among them."""
+    if options.init is not None:
+        return models.tokenizer_files(options.init)
+    return files.TokenizerFiles(Path(options.tokenizer).expanduser())
 
 
 def read_pairs(source: str) -> list[data.Pair]:

@@ -35,7 +35,7 @@ def open_source(name: str) -> Source:
     if not isinstance(model, Model):
         raise ConfigError(f"{name} holds a {type(model).__name__}; this works on Transformers")
     if checkpointed.found_in(name):
-        return Source(name, model, checkpointed.open_tokenizer(name), None, {})
+        return Source(name, model, models.tokenizer_files(name), None, {})
     place = models.model_folder(name)
     if files.is_folder(place):
         return Source(name, model, hf.TokenizerFiles(place), files.origin(place), {})
@@ -60,8 +60,8 @@ def write(
     target = Path(output).expanduser()
     if format == "hf":
         tokenizer = source.tokenizer
-        if source.origin is None and getattr(tokenizer, "names", ()):  # born in lmx: it says which token ends a text
-            tokenizer = models.load_tokenizer(source.name)
+        if source.origin is None:  # born in lmx: the tokenizer says which token ends a text
+            tokenizer = models.ending(source.name, tokenizer)
         hf.save(model, target, tokenizer=tokenizer, overwrite=overwrite, format="hf", like=source.origin)
     else:
         notes = {**source.notes, "made by": made_by, "from": source.name, "with": options}

@@ -13,7 +13,8 @@ from lmx import decode
 from lmx.core.errors import ConfigError, DataError
 from lmx.data import chat
 from lmx.decode.request import given
-from lmx.recipes.models import decoder_start, model_folder, open_model
+from lmx.recipes import models
+from lmx.recipes.models import decoder_start, open_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,5 +156,5 @@ def _draft(o: GenerateOptions, tokenizer: Any) -> Any:
 
 def _chat_prompt(o: GenerateOptions) -> str:
     """The prompt as a user's message, as the model's own chat template writes it. Raises FolderError without one."""
-    template = chat.load_template(model_folder(o.model))
+    template = models.load_template(o.model)
     return chat.render([{"role": "user", "content": o.prompt}], template)

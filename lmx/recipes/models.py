@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +50,13 @@ def model_folder(name: str, also: tuple[str, ...] = ()) -> Path:
     raise FolderError(f"there is no folder {name!r}{hint}")
 
 
-def came_from(name: str | None) -> tuple[dict[str, Any] | None, files.TokenizerFiles | None]:
-    """(config.json, the tokenizer's files) of Hugging Face with which the model of a folder came; None where it did not
-    come from there, or is there no more."""
+def came_from(name: str | None) -> dict[str, Any] | None:
+    """config.json of Hugging Face with which the model of a folder came; None where it did not come from there, or is
+    there no more."""
     with contextlib.suppress(FolderError):
         if name is not None and not checkpointed.found_in(name):
-            folder = model_folder(name)
-            if (origin := files.origin(folder)) is not None:
-                return origin, files.TokenizerFiles(folder)
-    return None, None
+            return files.origin(model_folder(name))
+    return None
 
 
 def open_model(name: str, *, dtype: Any = None) -> tuple[Any, data.Tokenizer]:
@@ -98,6 +98,46 @@ def load_tokenizer(name: str) -> data.Tokenizer:
         return tokenizer
     inner = Path(name).expanduser() / "model"
     return data.load_tokenizer(inner if (inner / STRUCTURE).exists() or files.is_folder(inner) else name)
+
+
+def tokenizer_files(name: str) -> Any:
+    """The tokenizer of a model's folder or checkpoint as files, chat template included: what `lmx.save` takes, or None
+    where a checkpoint has none. Raises FolderError."""
+    if checkpointed.found_in(name):
+        return checkpointed.open_tokenizer_files(name)
+    return files.TokenizerFiles(model_folder(name))
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A tokenizer's files with the ids that end a text, which Hugging Face's config of a new model has to say."""
+
+    files: Any
+    eos_ids: tuple[int, ...]
+
+    def save(self, folder: str | Path) -> None:
+        self.files.save(folder)
+
+
+def ending(name: str, its_files: Any) -> Any:
+    """The files of the tokenizer of a model that was born in lmx, as `Ending`; as they are where there are none."""
+    return Ending(its_files, load_tokenizer(name).eos_ids) if getattr(its_files, "names", ()) else its_files
+
+
+def load_template(name: str) -> data.ChatTemplate:
+    """The chat template of a model's folder or checkpoint. Raises FolderError or DataError where there is none."""
+    if not checkpointed.found_in(name):
+        return data.load_template(model_folder(name))
+    with tempfile.TemporaryDirectory(prefix="lmx-template-") as folder:
+        if (stored := checkpointed.open_tokenizer_files(name)) is not None:
+            stored.save(folder)
+        try:
+            return data.load_template(folder)
+        except FolderError:
+            raise FolderError(
+                f"the checkpoint {name} has no chat template with it: the run's objective was not chat, or its "
+                "tokenizer had none; give the model plain text"
+            ) from None
 
 
 def decoder_start(name: str, tokenizer: data.Tokenizer) -> int:

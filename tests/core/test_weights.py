@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 from lmx.core import sharding, specs, weights
-from lmx.core.kinds import LoRA, LowRank, Pivoted, Quantized, Sum
+from lmx.core.kinds import LoRA, LowRank, OutputsFirst, Pivoted, Quantized, Sum
 from lmx.core.specs import ParamSpec
 
 # what lmx multiplies: (subscripts, shape of x, spec of the weight, how x is laid out)
@@ -82,6 +82,11 @@ def make(kind: str, shape, inputs, copies=0, dtype=jnp.float32, seed=0):
         return LowRank(a, b, inputs)
     if kind == "Quantized":
         return quantized(seed, shape, inputs, copies, dtype)
+    if kind == "OutputsFirst":
+        return OutputsFirst.of(draw(seed, shape, dtype), inputs, len(shape) - middle)
+    if kind == "LowRank of OutputsFirst":
+        w = low_rank(seed, shape, inputs, copies=copies, dtype=dtype)
+        return LowRank(OutputsFirst.of(w.a, inputs, 1), OutputsFirst.of(w.b, 1, len(shape) - middle), inputs)
     if kind.startswith("Pivoted"):
         w = pivoted(seed, shape, inputs, copies=copies, dtype=dtype)
         if kind == "Pivoted":
@@ -112,6 +117,8 @@ KINDS = (
     "Pivoted of Quantized",
     "LoRA over Quantized",
     "Sum of array and LowRank and Quantized",
+    "OutputsFirst",
+    "LowRank of OutputsFirst",
 )
 
 
@@ -133,6 +140,8 @@ def full(w) -> np.ndarray:
         return np.stack([v * full(w.scale)[i // w.group] for i, v in enumerate(values)]).reshape(w.shape)
     if isinstance(w, Sum):
         return sum(map(full, w.parts))
+    if isinstance(w, OutputsFirst):
+        return np.moveaxis(full(w.array), range(w.outputs), range(w.inputs, w.inputs + w.outputs))
     return np.asarray(w.astype(jnp.float32), np.float64)
 
 
@@ -183,6 +192,16 @@ def test_copies(kind):
     of_copy = draw(8, (5, 2, 3, 16))
     y = weights.einsum("ebtd,edhc->ebthc", of_copy, stack)
     np.testing.assert_allclose(y, np.einsum("ebtd,edhc->ebthc", float64(of_copy), np.stack(each)), **CLOSE)
+
+
+@pytest.mark.parametrize("rows, first", [(2, False), (3, True), (32, True), (33, False)])
+def test_few_rows_on_a_cpu_come_second_in_the_product(rows, first):
+    """XLA's CPU backend would rearrange the matrix before every product; the program must not turn it round again."""
+    x, w = draw(0, (rows, 16)), make("OutputsFirst", (16, 64), 1)
+    program = jax.jit(lambda x, w: weights.einsum("bd,dv->bv", x, w)).lower(x, w).compile().as_text()
+    assert (f"f32[64,{rows}]" in program) == first
+    with sharding.use_mesh("fsdp=8"):
+        assert not weights.few_rows(rows)
 
 
 def test_flops_count_every_copy():
@@ -267,7 +286,7 @@ def test_specs_like_reads_kinds_and_shapes_from_the_tree():
 
 SHARDED = (
     "array", "LowRank", "LoRA over LowRank", "LowRank of LowRank", "Pivoted", "Quantized",
-    "Sum of array and LowRank",
+    "Sum of array and LowRank", "OutputsFirst",
 )  # fmt: skip
 
 

@@ -8,13 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmx import reparam
 from lmx.core import specs
 from lmx.core.errors import ConfigError
+from lmx.core.kinds import OutputsFirst
 from lmx.core.sharding import use_mesh
 from lmx.decode import generate, generate_text, stream
+from lmx.decode.rows import for_steps
 from lmx.models.presets import preset
+from lmx.models.stacks import unstack
 from lmx.models.transformer import init, model_specs
 from lmx.models.unigram import from_counts
+from lmx.reparam.grams import sites
 
 TINY = dict(num_layers=2, hidden_size=32, vocab_size=60, initializer_range=0.3)
 KEY = jax.random.key(5)
@@ -74,6 +79,18 @@ def test_stream_yields_the_tokens_of_generate(model, options):
     arguments = dict(lengths=LENGTHS, max_new_tokens=NEW, **options)
     made = generate(model, prompts(), **arguments)
     np.testing.assert_array_equal(np.stack(list(stream(model, prompts(), **arguments)), axis=1), made.tokens)
+
+
+def test_few_rows_are_fed_to_matrices_that_have_their_outputs_first(model):
+    """As the tests above do with three rows. What it is arranged into computes the same, factorized layers too."""
+    count, head = len(sites(model)), model.params.head.out is not None
+    small = reparam.factorize(model, keep=0.9, method="svd", form="two-factor", allocation="uniform")
+    for given, matrices in ((model, count), (small, 2 * count)):
+        arranged = for_steps(given, 3)
+        is_turned = lambda x: isinstance(x, OutputsFirst)  # noqa: E731
+        assert sum(map(is_turned, jax.tree.leaves(arranged, is_leaf=is_turned))) == matrices + head
+        np.testing.assert_allclose(arranged.logits(prompts()), given.logits(prompts()), atol=2e-5)
+        assert jax.tree.structure(for_steps(given, 1)) == jax.tree.structure(unstack(given))
 
 
 def test_learned_positions_limit_the_text():

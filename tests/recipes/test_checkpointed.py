@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,11 @@ import lmx
 from lmx import data
 from lmx.core import sharding
 from lmx.core.errors import FolderError
+from lmx.hf import TokenizerFiles
 from lmx.models import transformer
 from lmx.models.presets import preset
-from lmx.recipes import checkpointed, evaluate, generate, models, train
+from lmx.recipes import checkpointed, convert, evaluate, generate, models, train
+from lmx.recipes.convert import ConvertOptions
 from lmx.recipes.evaluate import EvalOptions
 from lmx.recipes.generate import GenerateOptions
 from lmx.recipes.options import TrainOptions
@@ -90,6 +94,31 @@ def test_only_the_model_is_read(tmp_path):
     assert_same(models.load_model(str(tmp_path)), state.model)
     with pytest.raises(FolderError, match=r"has changed.*the array opt_state\.0\.mu\."):
         Checkpoints(tmp_path).restore(state, step=1)
+
+
+@pytest.mark.parametrize("to", ["lmx", "hf"])
+def test_the_chat_template_travels(tmp_path, to):
+    home, template = tmp_path / "talker", "{% for m in messages %}{{ m['content'] }}!{% endfor %}"
+    home.mkdir()
+    TOKENIZER.save(home)
+    (home / "chat_template.jinja").write_text(template)
+    (home / "vocab.json").write_text("{}")  # which tokenizer.json makes needless
+    state, run = start(tiny(), optax.adam(1e-3)), tmp_path / "run"
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(1, state, {"model": checkpointed.travelling(state.model, TokenizerFiles(home))})
+    assert models.load_template(str(run)) == data.load_template(home)
+    assert generate.run(GenerateOptions(model=str(run), prompt="a", chat=True, max_new_tokens=1))["texts"]
+    made = convert.run(ConvertOptions(source=str(run), target=str(tmp_path / to), to=to))
+    assert data.load_template(tmp_path / to).source == template and "vocab.json" not in made["files"]
+    assert data.load_tokenizer(tmp_path / to).fingerprint == TOKENIZER.fingerprint
+    if to == "hf":
+        assert json.loads((tmp_path / to / "config.json").read_text())["eos_token_id"] == TOKENIZER.eos_id
+
+
+def test_no_chat_template_is_said(tmp_path):
+    saved(tmp_path, tiny())
+    with pytest.raises(FolderError, match="checkpoint .* has no chat template with it.*plain text"):
+        generate.run(GenerateOptions(model=str(tmp_path), prompt="a", chat=True))
 
 
 def test_a_damaged_newest_one_is_passed_over_and_left_alone(tmp_path):

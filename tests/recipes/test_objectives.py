@@ -142,8 +142,9 @@ def test_a_stopped_run_resumes_to_the_very_same_numbers(trained, sources, talker
 def test_a_chat_run_and_a_run_of_pairs_are_used_as_they_were_trained(trained):
     folder, _, said = trained("chat")
     assert "conversations" in said and (folder / "model" / "chat_template.jinja").read_text() == TEMPLATE
-    answer = generate.run(GenerateOptions(model=str(folder), prompt="abc", chat=True, max_new_tokens=4))
-    assert len(answer["texts"]) == 1
+    for place in (folder, folder / "checkpoints"):
+        answer = generate.run(GenerateOptions(model=str(place), prompt="abc", chat=True, max_new_tokens=4))
+        assert len(answer["texts"]) == 1
     folder, _, said = trained("pairs")
     assert "pairs" in said
     assert len(generate.run(GenerateOptions(model=str(folder), prompt="abc", max_new_tokens=4))["texts"]) == 1
