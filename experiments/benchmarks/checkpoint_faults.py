@@ -13,7 +13,7 @@ times   Saving and restoring 128 MB in 16 arrays: lmx (checksums, seals, no comp
         without checksums), orbax as it comes. The floor is a plain write with fsync and a read of as many bytes.
 
 `ratio` is the time orbax as it comes takes to save and restore over that of lmx. Expect no lost and no silent one of
-100 kills and 200 flips, about 65 of the 200 silent with orbax alone, and a ratio of about 1.5.
+100 kills and 200 flips, about 65 of the 200 silent with orbax alone, and a ratio of 1 to 1.5.
 """
 
 from __future__ import annotations

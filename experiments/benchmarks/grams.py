@@ -2,12 +2,13 @@
 
     python experiments/benchmarks/grams.py [--json] [--quick] [--results FOLDER]
 
-`lmx.reparam.moments` goes over a decoder of 12 layers (width 768, hidden 3072, 130 M parameters) with 2048 tokens of
+`lmx.reparam.moments` goes over a decoder of 12 layers (width 768, hidden 3072, 126 M parameters) with 2048 tokens of
 calibration, forwards and back, for both sides of all its 84 matrices. lmx lets go of a layer's moments before the next;
-"all kept" holds them to the end, as one does who collects first and factorizes then; "model alone" holds the model and
-computes nothing. `above` is the peak memory of a process less that of "model alone"; `moments` are the bytes of one
-layer's moments in float64, `activations` those of what enters each layer, kept on the way forward. `ratio` is the
-`above` of "all kept" to that of lmx; `floor` is the seconds of the products at the rate measured in the same run.
+"lmx, all kept" holds them to the end, as one does who collects first and factorizes then; "lmx, model alone" holds the
+model and computes nothing. `above` is the peak memory of a process less that of "lmx, model alone"; `moments` are the
+bytes of one layer's moments in float64, `activations` those of what enters each layer, kept on the way forward. `ratio`
+is the `above` of "lmx, all kept" to that of lmx; `floor` is the seconds of the products at the rate measured in the
+same run; the medians are of one round, what is compiled in it included.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import turns
 
-KEPT, ALONE = "all kept", "model alone"
+KEPT, ALONE = "lmx, all kept", "lmx, model alone"
 SIZES = {"12 layers": (12, 768, 3072), "4 layers": (4, 256, 1024)}  # layers, width, hidden
 ROWS, LENGTH, BATCHES = 4, 128, 4
 

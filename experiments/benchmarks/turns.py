@@ -30,7 +30,7 @@ Turn = Callable[[], float]
 # All get huge pages: lmx as the command sets its process, others by glibc and (torch) by asking for them. What else the
 # command sets makes torch no faster and makes it hold more memory, so it goes without.
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"}
-LMX = "lmx"  # the name of the contender whose process is set as the command sets it
+LMX = "lmx"  # contenders whose names begin so have processes that are set as the command sets its own
 SILENT = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -52,7 +52,7 @@ def main(
     parser.add_argument("--contend", nargs=2, metavar=("CASE", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contend:
-        if options.contend[1] == LMX:
+        if options.contend[1].startswith(LMX):
             from lmx.cli.start import return_memory
 
             return_memory()
@@ -87,7 +87,7 @@ class Contender:
     def __init__(self, case: str, name: str) -> None:
         self.name, self.seconds, self.peak = name, [], 0
         words = [sys.executable, os.path.abspath(sys.argv[0]), "--contend", case, name]
-        environment = os.environ | (process_of_lmx() if name == LMX else ENVIRONMENT) | SILENT
+        environment = os.environ | (process_of_lmx() if name.startswith(LMX) else ENVIRONMENT) | SILENT
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(words, env=environment, stdin=pipe, stdout=pipe, text=True)
         self.read()  # ready

@@ -337,10 +337,6 @@ class OutputsFirst(weights.Weight):
         return cls(jnp.transpose(w, (*range(w.ndim - inputs - outputs), *moved)), inputs, outputs)
 
     @property
-    def copies(self) -> int:
-        return len(self.array.shape) - self.inputs - self.outputs
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return self._swapped(tuple(self.array.shape), self.outputs)
 
@@ -371,7 +367,7 @@ class OutputsFirst(weights.Weight):
 
     def _swapped(self, axes: tuple, first: int) -> tuple:
         """What is said of each axis, with the `first` ones after the copies behind the others."""
-        n = self.copies
+        n = len(axes) - self.inputs - self.outputs
         return (*axes[:n], *axes[n + first :], *axes[n : n + first])
 
 

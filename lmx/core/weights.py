@@ -185,8 +185,10 @@ def few_rows(rows: int) -> bool:
     """Whether so many rows are multiplied faster by a weight that has its outputs first, as `OutputsFirst` of
     `lmx.core.kinds` has them: on a CPU, several and yet few. XLA's backend there spends more time on rearranging a
     matrix for a product of more than one row than on the product, unless that is written with the weight first; with
-    many rows that does not count."""
-    return 2 < rows <= 32 and sharding.mesh_kind() is None and sharding.platform() == "cpu"
+    many rows that does not count, and with two both take equally long."""
+    if sharding.mesh_kind() is not None or sharding.platform() != "cpu":
+        return False
+    return isinstance(rows, int) and 2 < rows <= 32
 
 
 def _weight_first(left: str, right: str, out: str) -> str | None:

@@ -60,7 +60,8 @@ def encode_texts(
 
     tokenizer: of `lmx.load_tokenizer`; its own special tokens go around every text. Texts longer than max_length tokens
     (by default the model's learned positions, if it has such) are cut at their end.
-    Texts of about one length run together, padded to one of few lengths (`padded_length`): each is compiled once.
+    Texts of about one length run together, padded to one of few lengths (`padded_length`), in one of few numbers of
+    rows: at most three shapes a length are compiled, and smaller ones for few texts.
 
     Raises ConfigError or DataError for no texts, something else than texts, or a tokenizer that does not fit the model.
     """
@@ -89,17 +90,19 @@ def _batches(lengths: Sequence[int], batch_size: int, limit: int | None) -> list
     """Which texts run together, the longest first (so that what does not fit fails at once), and at which shape (b, t).
 
     t is the `padded_length` of the batch's longest text, at most `limit`; b is batch_size, or a half or a quarter of
-    it where so many rows hold all the texts of that padded length: shorter texts fill the rows up, and there are at
-    most three shapes a length.
+    it where so many rows hold all the texts of that padded length: shorter texts fill the rows up. Of the last batch b
+    is no more than the next power of two of the texts that are left.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    batches = []
-    while order:
-        t = padded_length(lengths[order[0]])
-        alike = sum(padded_length(lengths[i]) == t for i in order[:batch_size])
+    padded = [padded_length(lengths[i]) for i in order]
+    batches, begin = [], 0
+    while begin < len(order):
+        t, rest = padded[begin], len(order) - begin
+        alike = padded[begin : begin + batch_size].count(t)
         b = next(b for b in (-(-batch_size // 4), -(-batch_size // 2), batch_size) if alike <= b)
-        batches.append((order[:b], (b, t if limit is None else min(t, limit))))
-        order = order[b:]
+        b = min(b, 1 << (rest - 1).bit_length())  # the last may be few
+        batches.append((order[begin : begin + b], (b, t if limit is None else min(t, limit))))
+        begin += b
     return batches
 
 

@@ -28,7 +28,8 @@ class LanguageModel(Protocol):
     """A distribution over token sequences, as a frozen pytree whose methods are pure and can be jitted.
 
     A model that reads at most so many tokens also has an attribute `max_length: int`; none, or None, is no
-    limit.
+    limit. One that can be arranged better for many steps has `for_steps(rows)`, which gives the model so arranged for
+    steps of so many rows; decoding calls it once, on every part of a model that has it.
     """
 
     @property

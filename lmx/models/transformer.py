@@ -22,6 +22,7 @@ from lmx.models.config import Config
 from lmx.models.fields import DTYPES
 from lmx.models.protocol import score_in_chunks
 from lmx.nn import embed, heads, norm, position
+from lmx.nn.attention import Attention
 from lmx.nn.heads import Head, Readout
 
 
@@ -121,6 +122,10 @@ def model_specs(model: Model) -> Params:
     }
     holes = dict.fromkeys(towers)
     return weights.specs_like(template.replace(**holes), params.replace(**holes)).replace(**towers)
+
+
+def _with_keys_of(attention: Attention, other: Attention) -> Attention:
+    return attention.replace(key=other.key, value=other.value)
 
 
 @node
@@ -297,15 +302,24 @@ class Model:
         return sharding.place(self.log_probs(x), "batch", None, "vocab"), state
 
     def for_steps(self, rows: int) -> Model:
-        """The same model as many steps of so many rows want it: its matrices are stored as they are multiplied fastest
-        (`lmx.core.weights.few_rows`), in memory of their own."""
-        if not weights.few_rows(rows) or self.params.decoder is None:
+        """The same model as many steps of so many rows want it: float32 matrices are stored as they are multiplied
+        fastest (`lmx.core.weights.few_rows`), in memory of their own. Those that multiply what is remembered, of a
+        source or as latents, and what is computed in another dtype are left as they are."""
+        p = self.params
+        if not weights.few_rows(rows) or p.decoder is None or self.config.activation_dtype != "float32":
             return self
-        own, p = self.specs().params, self.params
-        layers, head = jax.tree.map(
-            kinds.outputs_first, (own.decoder.layers, own.head), (p.decoder.layers, p.head)
-        )  # fmt: skip
-        return self.replace(params=p.replace(decoder=p.decoder.replace(layers=layers), head=head))
+        turn = lambda specs, tree: jax.tree.map(kinds.outputs_first, specs, tree)  # noqa: E731
+
+        def turn_block(own: Block, block: Block) -> Block:
+            made = turn(own, block)
+            if block.attention.latent is not None:
+                made = made.replace(attention=_with_keys_of(made.attention, block.attention))
+            return made if block.cross is None else made.replace(cross=_with_keys_of(made.cross, block.cross))
+
+        own = self.specs().params
+        is_block = lambda x: isinstance(x, Block)  # noqa: E731
+        layers = jax.tree.map(turn_block, own.decoder.layers, p.decoder.layers, is_leaf=is_block)
+        return self.replace(params=p.replace(decoder=p.decoder.replace(layers=layers), head=turn(own.head, p.head)))
 
     def rewind(self, state: DecodeState, lengths: jax.Array) -> DecodeState:
         """The state as if only the first lengths (b,) tokens of each row had been fed."""

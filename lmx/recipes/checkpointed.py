@@ -38,16 +38,15 @@ MODEL = "model"  # the key in a checkpoint's extra data
 class StoredFiles:
     """A tokenizer's files as a checkpoint holds them, the chat template among them: what `lmx.save` takes."""
 
-    content: Mapping[str, Any]  # by name; of those that end with .json the value, of others the text
+    texts: Mapping[str, str]  # by name
 
     @property
     def names(self) -> list[str]:
-        return list(self.content)
+        return list(self.texts)
 
     def save(self, folder: str | Path) -> None:
         """Write them."""
-        for name, content in self.content.items():
-            text = json.dumps(content, indent=2) + "\n" if name.endswith(".json") else content
+        for name, text in self.texts.items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
 
 
@@ -55,7 +54,8 @@ def travelling(model: Any, tokenizer: Any, notes: dict | None = None) -> dict[st
     """What goes into a checkpoint's extra data under "model": structure (and in it the config), tokenizer and notes.
 
     model: the whole model as the state has it (`state.model`), with arrays or `jax.ShapeDtypeStruct`s.
-    tokenizer: anything with `save(folder)`, or None. Vocabularies that only repeat its tokenizer.json stay behind.
+    tokenizer: anything with `save(folder)`, or None. Of its files those of `TOKENIZER_TEXTS` travel: others only repeat
+    its tokenizer.json.
     """
     stand_in = lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)  # noqa: E731
     made: dict[str, Any] = {"structure": structure.describe(jax.tree.map(stand_in, model))[0], "notes": notes or {}}
@@ -63,10 +63,7 @@ def travelling(model: Any, tokenizer: Any, notes: dict | None = None) -> dict[st
         with tempfile.TemporaryDirectory(prefix="lmx-tokenizer-") as folder:
             tokenizer.save(folder)
             files = [path for path in sorted(Path(folder).iterdir()) if path.name in TOKENIZER_TEXTS]
-            texts = {path.name: path.read_text(encoding="utf-8") for path in files}
-        made["tokenizer"] = {
-            name: json.loads(text) if name.endswith(".json") else text for name, text in texts.items()
-        }
+            made["tokenizer"] = {path.name: path.read_text(encoding="utf-8") for path in files}
     return made
 
 
@@ -121,8 +118,11 @@ def load_tokenizer(path: Any) -> data.Tokenizer | None:
 
 
 def _stored_files(path: Any) -> StoredFiles | None:
-    content = travelled(path).get("tokenizer")
-    return None if content is None else StoredFiles(content)
+    found = travelled(path).get("tokenizer")
+    if found is None:
+        return None
+    text = lambda x: x if isinstance(x, str) else json.dumps(x)  # noqa: E731  (older ones hold values of JSON)
+    return StoredFiles({name: text(content) for name, content in found.items()})
 
 
 def _first_sound(name: str, read: Any) -> Any:

@@ -18,7 +18,8 @@ from rich.table import Table
 from lmx import data, evaluate
 from lmx.core.errors import DataError, FolderError, nearest
 from lmx.data import ChatTemplate, Document, Examples, TokenCache, Tokenizer, special_tokens
-from lmx.hf import files
+from lmx.models import generation
+from lmx.models.filenames import GENERATION
 from lmx.recipes import models, objectives
 from lmx.recipes.options import TrainOptions
 from lmx.train.progress import si
@@ -75,14 +76,14 @@ def _prepare_stream(options: TrainOptions, folder: Path, console: Console) -> No
     if options.objective == "causal":
         with console.status("compressing the test split with lzma"):
             lzma = evaluate.lzma_bits_per_byte(by_domain(splits["test"]))
-    made.save(folder / "tokenizer")
+    _save_tokenizer(options, made, tokenizer_folder(folder))
     _write(folder, {"caches": {name: cache.folder.name for name, cache in caches.items()}, "lzma": lzma})
 
 
 def _prepare_examples(options: TrainOptions, folder: Path, console: Console) -> None:
     """Examples are split by what is asked (the source, the first message), so that no two splits ask the same."""
     o, chat = options, options.objective == "chat"
-    template = _template(o) if chat else None
+    template = models.load_template(o.init or o.tokenizer) if chat else None
     with console.status(f"reading {escape(o.data)}"):
         read = read_conversations(o.data) if chat else read_pairs(o.data)
         splits = data.split_by(read, (lambda turns: json.dumps(turns[0])) if chat else (lambda pair: pair.source))
@@ -99,9 +100,7 @@ def _prepare_examples(options: TrainOptions, folder: Path, console: Console) -> 
         highlight=False,
         soft_wrap=True,
     )
-    place = folder / "tokenizer"
-    place.mkdir(parents=True, exist_ok=True)
-    (_its_files(o) if chat else made).save(place)  # with the template, and all that it may name
+    _save_tokenizer(o, made, tokenizer_folder(folder))
     for name, one in examples.items():
         data.save_examples(one, folder / f"{name}.safetensors")
     _write(folder, {"examples": [f"{name}.safetensors" for name in SPLITS]})
@@ -121,18 +120,21 @@ def _encode(options: TrainOptions, read: list, tokenizer: Tokenizer, template: C
     return data.encode_pairs(read, tokenizer, start_id=start, source_start_id=special_tokens.first_id(tokenizer))
 
 
-def _template(options: TrainOptions) -> data.ChatTemplate:
-    """The chat template of the model to start from, or of the tokenizer's folder."""
-    if options.init is not None:
-        return models.load_template(options.init)
-    return data.load_template(Path(options.tokenizer).expanduser())
+def tokenizer_folder(folder: Path) -> Path:
+    """Where a prepared corpus keeps the tokenizer's files, the chat template among them."""
+    return folder / "tokenizer"
 
 
-def _its_files(options: TrainOptions) -> Any:
-    """The files of the tokenizer, the chat template among them."""
-    if options.init is not None:
-        return models.tokenizer_files(options.init)
-    return files.TokenizerFiles(Path(options.tokenizer).expanduser())
+def _save_tokenizer(options: TrainOptions, made: Tokenizer, place: Path) -> None:
+    """A tokenizer that came with a model, or with a template, with all the files that it had there."""
+    made.save(place)
+    if options.init is None and options.objective != "chat":
+        return
+    models.tokenizer_files(options.init or options.tokenizer).save(place)
+    if made.eos_ids != (made.eos_id,) and generation.eos_ids(place) is None:  # the model's config said it
+        said = generation.read_json(place / GENERATION) if (place / GENERATION).exists() else {}
+        text = json.dumps({**said, "eos_token_id": list(made.eos_ids)}, indent=2)
+        (place / GENERATION).write_text(text + "\n", encoding="utf-8")
 
 
 def read_pairs(source: str) -> list[data.Pair]:
@@ -178,7 +180,7 @@ def reopen(folder: Path) -> Corpus:
         ) from error
     caches = {name: data.open_cache(folder / "tokens", key) for name, key in about.get("caches", {}).items()}
     examples = {Path(name).stem: data.open_examples(folder / name) for name in about.get("examples", ())}
-    return Corpus(data.load_tokenizer(folder / "tokenizer"), caches, examples, about.get("lzma", {}))
+    return Corpus(data.load_tokenizer(tokenizer_folder(folder)), caches, examples, about.get("lzma", {}))
 
 
 def by_domain(documents: list[Document]) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from lmx.core import hub
 from lmx.core.errors import FolderError, nearest
 from lmx.data import special_tokens
 from lmx.hf import files, library
-from lmx.models import generation
+from lmx.models import filenames, generation
 from lmx.models.presets import PRESETS
 from lmx.recipes import checkpointed
 
@@ -101,11 +101,21 @@ def load_tokenizer(name: str) -> data.Tokenizer:
 
 
 def tokenizer_files(name: str) -> Any:
-    """The tokenizer of a model's folder or checkpoint as files, chat template included: what `lmx.save` takes, or None
-    where a checkpoint has none. Raises FolderError."""
+    """The tokenizer of a model's folder or checkpoint, or of any folder, as files, chat template included: what
+    `lmx.save` takes, or None where a checkpoint has none. Raises FolderError."""
     if checkpointed.found_in(name):
         return checkpointed.open_tokenizer_files(name)
-    return files.TokenizerFiles(model_folder(name))
+    return files.TokenizerFiles(_tokenizer_home(name))
+
+
+def _tokenizer_home(name: str) -> Path:
+    """The folder in which a name that is no checkpoint has its tokenizer."""
+    try:
+        return model_folder(name)
+    except FolderError:
+        if (folder := Path(name).expanduser()).is_dir():
+            return folder
+        raise
 
 
 @dataclass(frozen=True)
@@ -125,9 +135,10 @@ def ending(name: str, its_files: Any) -> Any:
 
 
 def load_template(name: str) -> data.ChatTemplate:
-    """The chat template of a model's folder or checkpoint. Raises FolderError or DataError where there is none."""
+    """The chat template of a model's folder or checkpoint, or of any folder. Raises FolderError or DataError where
+    there is none."""
     if not checkpointed.found_in(name):
-        return data.load_template(model_folder(name))
+        return data.load_template(_tokenizer_home(name))
     with tempfile.TemporaryDirectory(prefix="lmx-template-") as folder:
         if (stored := checkpointed.open_tokenizer_files(name)) is not None:
             stored.save(folder)
@@ -145,9 +156,11 @@ def decoder_start(name: str, tokenizer: data.Tokenizer) -> int:
     token."""
     if not checkpointed.found_in(name):
         found = generation.setting(model_folder(name), "decoder_start_token_id")
-        if found is not None:
-            return found
-    return special_tokens.pad_id(tokenizer)
+    else:
+        stored = checkpointed.open_tokenizer_files(name)
+        said = {} if stored is None else json.loads(stored.texts.get(filenames.GENERATION, "{}"))
+        found = said.get("decoder_start_token_id")
+    return special_tokens.pad_id(tokenizer) if found is None else found
 
 
 def check(name: str) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lmx import data, decode, evaluate, losses
 from lmx.core import sharding, specs
-from lmx.core.errors import FolderError, Stopped
+from lmx.core.errors import Stopped
 from lmx.data.stepwise import Stepwise
 from lmx.hf import files
 from lmx.models import cost, folders, generation, transformer, unigram
@@ -141,7 +141,8 @@ def _fit(
         state = _state(o, corpus, optimizer, checkpoints, batches)
         first, price = int(state.step), cost.cost(state.model, o.length)
         log = _log(o, folder, first)
-    travels = checkpointed.travelling(state.model, _tokenizer_files(o, folder, corpus), {"options": told.values(o)})
+        tokenizer = files.TokenizerFiles(texts.tokenizer_folder(folder / "data"))
+        travels = checkpointed.travelling(state.model, tokenizer, {"options": told.values(o)})
     _say_what(o, price, specs.count(state.trained), first, console)
     index, count = part_of_process(o.batch_size)
     place = functools.partial(place_batch, index=index, count=count)
@@ -209,16 +210,6 @@ def resume_command(folder: Path, started_by: str = "") -> str:
     return f"lmx train --resume --output {shlex.quote(str(folder))} {started_by}".rstrip()
 
 
-def _tokenizer_files(options: TrainOptions, folder: Path, corpus: Corpus) -> Any:
-    """What saves the tokenizer of the run, with its chat template where it came with one."""
-    if options.objective == "chat":
-        return files.TokenizerFiles(folder / "data" / "tokenizer")
-    with contextlib.suppress(FolderError):  # it may be there no more
-        if options.init is not None and getattr(its := models.tokenizer_files(options.init), "names", ()):
-            return its
-    return corpus.tokenizer
-
-
 def _finish(
     options: TrainOptions, folder: Path, corpus: Corpus, outcome: Outcome, model: Any, console: Console
 ) -> dict[str, Any]:
@@ -237,7 +228,7 @@ def _finish(
     }
     origin = models.came_from(options.init)  # so that it can go back as it came
     kept = notes if origin is None else notes | {generation.NOTES: origin}
-    tokenizer = _tokenizer_files(options, folder, corpus)
+    tokenizer = files.TokenizerFiles(texts.tokenizer_folder(folder / "data"))
     folders.save(model, folder / "model", tokenizer=tokenizer, overwrite=True, notes=kept)
 
     def show() -> dict[str, Any]:

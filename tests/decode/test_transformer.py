@@ -93,6 +93,20 @@ def test_few_rows_are_fed_to_matrices_that_have_their_outputs_first(model):
         assert jax.tree.structure(for_steps(given, 1)) == jax.tree.structure(unstack(given))
 
 
+def test_what_multiplies_a_memory_is_left_as_it_is():
+    config = preset("llama-tiny", **TINY, architecture="encoder_decoder")
+    given = init(config, jax.random.key(0)).given(jnp.arange(12).reshape(3, 4))
+    block = for_steps(given, 3).model.params.decoder.layers.stacks[0][0]
+    assert isinstance(block.cross.query, OutputsFirst) and not isinstance(block.cross.key, OutputsFirst)
+    latent = reparam.share_latent(model_of("llama-tiny"), 16)
+    block = for_steps(latent, 3).params.decoder.layers.stacks[0][0]
+    assert isinstance(block.attention.latent, OutputsFirst) and not isinstance(block.attention.key, OutputsFirst)
+    made = generate(latent, prompts(), max_new_tokens=4).tokens
+    np.testing.assert_array_equal(made[0], greedy_by_full_passes(latent, prompts()[0], 4))
+    low = init(preset("llama-tiny", **TINY, compute_dtype="bfloat16"), jax.random.key(0))
+    assert jax.tree.structure(for_steps(low, 3)) == jax.tree.structure(unstack(low))
+
+
 def test_learned_positions_limit_the_text():
     model = model_of("gpt2-tiny")
     with pytest.raises(

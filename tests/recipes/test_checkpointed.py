@@ -16,9 +16,9 @@ from lmx import data
 from lmx.core import sharding
 from lmx.core.errors import FolderError
 from lmx.hf import TokenizerFiles
-from lmx.models import transformer
+from lmx.models import generation, transformer
 from lmx.models.presets import preset
-from lmx.recipes import checkpointed, convert, evaluate, generate, models, train
+from lmx.recipes import checkpointed, convert, corpus, evaluate, generate, models, train
 from lmx.recipes.convert import ConvertOptions
 from lmx.recipes.evaluate import EvalOptions
 from lmx.recipes.generate import GenerateOptions
@@ -113,6 +113,22 @@ def test_the_chat_template_travels(tmp_path, to):
     assert data.load_tokenizer(tmp_path / to).fingerprint == TOKENIZER.fingerprint
     if to == "hf":
         assert json.loads((tmp_path / to / "config.json").read_text())["eos_token_id"] == TOKENIZER.eos_id
+
+
+def test_what_a_tokenizer_came_with_goes_into_a_run(tmp_path):
+    """The tokens that end a text stand in a config that does not come along."""
+    home, kept = tmp_path / "home", tmp_path / "kept"
+    notes = {generation.NOTES: {"eos_token_id": [1, 2]}}
+    lmx.save(tiny(), home, tokenizer=TOKENIZER, notes=notes)
+    (home / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    made = models.load_tokenizer(str(home))
+    assert made.eos_ids == (1, 2)
+    for objective in ("causal", "chat"):
+        corpus._save_tokenizer(TrainOptions(init=str(home), objective=objective), made, kept / objective)
+        assert data.load_tokenizer(kept / objective).eos_ids == (1, 2)
+        assert data.load_template(kept / objective) == data.load_template(home)
+    corpus._save_tokenizer(TrainOptions(tokenizer=str(home)), made, kept / "new")
+    assert data.load_tokenizer(kept / "new").eos_ids == (1, 2)
 
 
 def test_no_chat_template_is_said(tmp_path):

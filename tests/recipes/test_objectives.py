@@ -16,7 +16,7 @@ from rich.console import Console
 import lmx
 from lmx.core.errors import ConfigError, DataError, FolderError
 from lmx.data import byte_tokenizer, load_tokenizer
-from lmx.recipes import generate, rows, train
+from lmx.recipes import generate, models, rows, train
 from lmx.recipes.generate import GenerateOptions
 from lmx.recipes.objectives import KINDS
 from lmx.recipes.options import TrainOptions, resolve
@@ -163,6 +163,14 @@ def test_fine_tuning_goes_on_with_the_same_objective(trained, sources, talker, t
     more = dict(init=str(folder), model=None, tokenizer=None, steps=4)
     result = train.run(options("spans", sources, talker, tmp_path / "more", **more), Console(file=io.StringIO()))
     assert abs(result["loss"] - before["loss"]) < 0.3
+
+
+def test_a_chat_goes_on_from_a_checkpoint(trained, sources, talker, tmp_path):
+    folder, _, _ = trained("chat")
+    more = dict(init=str(folder / "checkpoints"), model=None, tokenizer=None, steps=4)
+    result = train.run(options("chat", sources, talker, tmp_path / "more", **more), Console(file=io.StringIO()))
+    assert result["loss"] < math.log(257) - 1
+    assert models.load_template(str(tmp_path / "more" / "checkpoints")).source == TEMPLATE
 
 
 def test_two_files_of_lines_are_pairs(sources, talker, tmp_path):
