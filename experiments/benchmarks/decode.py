@@ -23,7 +23,7 @@ import turns
 
 PROMPT, NEW = 128, 128
 LAYERS, WIDTH, HEADS, HIDDEN, VOCABULARY = 8, 512, 8, 1408, 32000
-ROWS = {"batch 1": 1, "batch 8": 8}
+ROWS, QUICK = {"batch 1": 1, "batch 8": 8, "quick": 3}, "quick"  # the last with 2 layers and 4000 kinds of token
 LMX, LLAMA_CPP = turns.LMX, "llama.cpp float32"
 FLOAT32, BFLOAT16 = ("torch float32 eager", "torch float32 sdpa"), ("torch bfloat16 eager", "torch bfloat16 sdpa")
 
@@ -36,9 +36,11 @@ def benchmark(options: Namespace) -> dict[str, Any]:
     from lmx.models.cost import cost
 
     rate = turns.read_rate()
-    model = jax.eval_shape(lambda: lmx.init(config(), jax.random.key(0)))
     rows = []
-    for case, batch in list(ROWS.items())[: 1 if quick else None]:
+    for case, batch in ROWS.items():
+        if (case == QUICK) != quick:
+            continue
+        model = jax.eval_shape(lambda case=case: lmx.init(config(case), jax.random.key(0)))
         beside = (LLAMA_CPP,) if batch == 1 and _has_llama_cpp() and not quick else ()
         names = (LMX, FLOAT32[1], BFLOAT16[0]) if quick else (LMX, *FLOAT32, *BFLOAT16, *beside)
         row = turns.compete(case, names, rounds=2 if quick else 7, warm=1)
@@ -62,50 +64,57 @@ def benchmark(options: Namespace) -> dict[str, Any]:
     return {"name": "decode", **picked, "versions": turns.versions(*packages), "cases": rows}
 
 
-def config() -> Any:
+def sizes(case: str) -> tuple[int, int]:
+    """(layers, vocabulary)."""
+    return (2, 4000) if case == QUICK else (LAYERS, VOCABULARY)
+
+
+def config(case: str) -> Any:
     import lmx
 
+    layers, vocabulary = sizes(case)
     return lmx.preset(
-        "llama-17m", num_layers=LAYERS, hidden_size=WIDTH, num_heads=HEADS, intermediate_size=HIDDEN,
-        vocab_size=VOCABULARY,
+        "llama-17m", num_layers=layers, hidden_size=WIDTH, num_heads=HEADS, intermediate_size=HIDDEN,
+        vocab_size=vocabulary,
     )  # fmt: skip
 
 
 def contend(case: str, name: str) -> turns.Turn:
     if name == LMX:
-        return lmx_turn(ROWS[case])
-    return llama_cpp_turn() if name == LLAMA_CPP else torch_turn(name, ROWS[case])
+        return lmx_turn(case)
+    return llama_cpp_turn() if name == LLAMA_CPP else torch_turn(name, case)
 
 
-def prompt(batch: int) -> Any:
+def prompt(case: str) -> Any:
     import numpy as np
 
-    return np.random.default_rng(0).integers(5, VOCABULARY, (batch, PROMPT))
+    return np.random.default_rng(0).integers(5, sizes(case)[1], (ROWS[case], PROMPT))
 
 
-def lmx_turn(batch: int) -> turns.Turn:
+def lmx_turn(case: str) -> turns.Turn:
     import jax
     import numpy as np
 
     import lmx
 
-    model = lmx.init(config(), jax.random.key(0))
-    tokens = prompt(batch)
+    model = lmx.init(config(case), jax.random.key(0))
+    tokens = prompt(case)
     return lambda: turns.timed(lambda: np.asarray(lmx.generate(model, tokens, max_new_tokens=NEW).tokens))
 
 
-def torch_turn(name: str, batch: int) -> turns.Turn:
+def torch_turn(name: str, case: str) -> turns.Turn:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     _, dtype, kind = name.split()
+    layers, vocabulary = sizes(case)
     shape = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        vocab_size=vocabulary, hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=HEADS,
         intermediate_size=HIDDEN, attn_implementation=kind, tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(shape).to(getattr(torch, dtype)).eval()
-    tokens = torch.tensor(prompt(batch))
+    tokens = torch.tensor(prompt(case))
     seen = torch.ones_like(tokens)
 
     def work() -> None:
@@ -130,7 +139,7 @@ def llama_cpp_turn() -> turns.Turn:
         write_gguf(path)
         threads = dict(n_threads=os.cpu_count(), n_threads_batch=os.cpu_count())
         model = Llama(path, n_ctx=PROMPT + NEW, use_mmap=False, verbose=False, **threads)
-    tokens = prompt(1)[0].tolist()
+    tokens = prompt("batch 1")[0].tolist()
 
     def work() -> None:
         model.reset()
