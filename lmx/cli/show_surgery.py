@@ -78,11 +78,12 @@ def comparing(result: dict[str, Any], console: Console) -> None:
         )  # fmt: skip
     console.print(table)
     console.print("KL: nats a token from the original; MFLOP: a token; prefill, decode: tokens/s; s: to make", **PLAIN)
-    whole = result["rows"][0]["decode_tokens_per_second"]
-    slower = [_named(row) for row in result["rows"] if row["decode_tokens_per_second"] < whole]
-    if slower:
-        rows = "one row" if result["batch"] == 1 else f"{result['batch']} rows"
-        console.print(f"slower than the original at decoding {rows} here: {', '.join(slower)}", **PLAIN)
+    rows = "one row" if result["batch"] == 1 else f"{result['batch']} rows"
+    for phase, doing in (("prefill", "reading"), ("decode", "decoding")):
+        speed = f"{phase}_tokens_per_second"
+        slower = [_named(row) for row in result["rows"] if row[speed] < result["rows"][0][speed]]
+        if slower:
+            console.print(f"slower than the original at {doing} {rows} here: {', '.join(slower)}", **PLAIN)
     console.print(f"In {result['output']}: {', '.join(result['files'])}; {result['seconds']:.0f} s", **PLAIN)
 
 

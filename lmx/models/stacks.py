@@ -52,12 +52,27 @@ def run(
 
 def layer_list(layers: Layers) -> list[Any]:
     """The parameters of each layer on its own, in order."""
-    return [
-        jax.tree.map(lambda leaf, i=i: leaf[i], block)
-        for n, period in zip(layers.sizes, layers.stacks, strict=True)
-        for i in range(n)
-        for block in period
-    ]
+    return list(EachLayer(layers))
+
+
+class EachLayer(Sequence):
+    """The parameters of each layer on its own, in order, each taken out of its stack when it is asked for: so that no
+    two copies of a model are held."""
+
+    def __init__(self, layers: Layers) -> None:
+        self._places = [
+            (block, i)
+            for n, period in zip(layers.sizes, layers.stacks, strict=True)
+            for i in range(n)
+            for block in period
+        ]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, layer: int) -> Any:
+        block, i = self._places[layer]
+        return jax.tree.map(lambda leaf: leaf[i], block)
 
 
 def stack_layers(layers: Sequence[Any], period: int = 1, max_stacks: int = 8) -> Layers:

@@ -73,8 +73,7 @@ def sites(model: Model, pattern: str = LINEARS) -> list[Site]:
 
     Raises ConfigError if it selects nothing, or what is none of these.
     """
-    model = stacks.unstack(model)
-    found = []
+    model, found = jax.eval_shape(stacks.unstack, model), []
     axes = [spec for _, spec in tree.paths(model.specs(), weights.is_weight)]
     for (path, leaf, hit), spec in zip(tree.matches(model, pattern, weights.is_weight), axes, strict=True):
         if not hit.all():
@@ -176,9 +175,9 @@ def _backward(walk: Walk, wanted: Wanted, want: tuple[str, ...], key: jax.Array)
     for tower, layers in reversed(walk.layers.items()):
         last = zip(entered[tower].pop(), walk.batches, of_memory, keys, strict=True)
         gs = [sharding.alone(ends.begin_back(walk.shell, tower, *end)) for end in last]
-        for i, block in reversed(list(enumerate(layers))):
+        for i in reversed(range(len(layers))):
             here = wanted.get((tower, i), [])
-            seen, gs, more = _observed(walk, tower, block, entered[tower].pop(), gs, here, want)
+            seen, gs, more = _observed(walk, tower, layers[i], entered[tower].pop(), gs, here, want)
             of_memory = [b if a is None else a if b is None else a + b for a, b in zip(of_memory, more, strict=True)]
             if here:
                 yield seen

@@ -40,14 +40,13 @@ class Matrix:
 class Walk:
     """A model's layers, one by one, and the batches that go through them.
 
-    layers: the blocks of each tower. shell: the model without them. memory: by batch, what the encoder of an
-    encoder-decoder gave, once it is through.
+    layers: the blocks of each tower, each taken out of its stack when it is read. shell: the model without them.
+    memory: by batch, what the encoder of an encoder-decoder gave, once it is through.
     """
 
     def __init__(self, model: Model, batches: Sequence[Batch]) -> None:
-        model = stacks.unstack(model)
         self.batches = [checked(batch) for batch in batches]
-        self.layers = {name: stacks.layer_list(tower.layers) for name, tower in towers(model).items()}
+        self.layers = {name: stacks.EachLayer(tower.layers) for name, tower in towers(model).items()}
         bare = {name: tower.replace(layers=None) for name, tower in towers(model).items()}
         self.shell = model.replace(params=model.params.replace(**bare))
         self.memory: list[Any] = [None] * len(self.batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import signal
@@ -11,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import lmx
+from lmx.cli import show_surgery
 from lmx.cli.main import main
 from lmx.core.kinds import Pivoted
 from lmx.data.tokenizers import byte_tokenizer
@@ -117,6 +120,13 @@ def test_compared_in_one_table(run, place, capsys):
     assert json.loads((place / "table" / "compare.json").read_text())["rows"] == got["rows"]
     assert (place / "table" / "compare.png").read_bytes()[:4] == b"\x89PNG"
     assert "table holds compare.json" in run(words, code=2)
+    said = io.StringIO()
+    show_surgery.comparing(got, Console(file=said, width=200))
+    for phase, doing in (("prefill", "reading"), ("decode", "decoding")):
+        speeds = {row["method"]: row[f"{phase}_tokens_per_second"] for row in got["rows"]}
+        told = [line for line in said.getvalue().splitlines() if f"slower than the original at {doing} 2 rows" in line]
+        slower = [name for name, speed in speeds.items() if speed < speeds["original"]]
+        assert len(told) == bool(slower) and all(name in told[0] for name in slower)
 
 
 @pytest.mark.parametrize(
