@@ -6,7 +6,7 @@ checkpointed period, so that a deep model compiles as fast as a shallow one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -55,9 +55,9 @@ def layer_list(layers: Layers) -> list[Any]:
     return list(EachLayer(layers))
 
 
-class EachLayer(Sequence):
+class EachLayer:
     """The parameters of each layer on its own, in order, each taken out of its stack when it is asked for: so that no
-    two copies of a model are held."""
+    two copies of a model are held. It has a length, is indexed and iterated over."""
 
     def __init__(self, layers: Layers) -> None:
         self._places = [
@@ -73,6 +73,9 @@ class EachLayer(Sequence):
     def __getitem__(self, layer: int) -> Any:
         block, i = self._places[layer]
         return jax.tree.map(lambda leaf: leaf[i], block)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[layer] for layer in range(len(self)))
 
 
 def stack_layers(layers: Sequence[Any], period: int = 1, max_stacks: int = 8) -> Layers:

@@ -122,7 +122,7 @@ def _stored_files(path: Any) -> StoredFiles | None:
     if found is None:
         return None
     text = lambda x: x if isinstance(x, str) else json.dumps(x)  # noqa: E731  (older ones hold values of JSON)
-    return StoredFiles({name: text(content) for name, content in found.items()})
+    return StoredFiles({name: text(content) for name, content in found.items() if name in TOKENIZER_TEXTS})
 
 
 def _first_sound(name: str, read: Any) -> Any:

@@ -126,14 +126,17 @@ def tokenizer_folder(folder: Path) -> Path:
 
 
 def _save_tokenizer(options: TrainOptions, made: Tokenizer, place: Path) -> None:
-    """A tokenizer that came with a model, or with a template, with all the files that it had there."""
+    """A tokenizer that came with a model, or with a template, with all the files that it had there, and the special
+    ids of the model's config, which does not come along."""
     made.save(place)
     if options.init is None and options.objective != "chat":
         return
-    models.tokenizer_files(options.init or options.tokenizer).save(place)
-    if made.eos_ids != (made.eos_id,) and generation.eos_ids(place) is None:  # the model's config said it
-        said = generation.read_json(place / GENERATION) if (place / GENERATION).exists() else {}
-        text = json.dumps({**said, "eos_token_id": list(made.eos_ids)}, indent=2)
+    name = options.init or options.tokenizer
+    models.tokenizer_files(name).save(place)
+    said = generation.read_json(place / GENERATION) if (place / GENERATION).exists() else {}
+    known = {key: value for key, value in said.items() if value is not None}
+    if more := {key: value for key, value in models.generation_ids(name).items() if key not in known}:
+        text = json.dumps(said | more, indent=2)
         (place / GENERATION).write_text(text + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from lmx.core import hub
 from lmx.core.errors import FolderError, nearest
 from lmx.data import special_tokens
 from lmx.hf import files, library
+from lmx.hf.writing import GENERATION_IDS
 from lmx.models import filenames, generation
 from lmx.models.presets import PRESETS
 from lmx.recipes import checkpointed
@@ -96,8 +97,7 @@ def load_tokenizer(name: str) -> data.Tokenizer:
         if tokenizer is None:
             raise FolderError(f"the checkpoint {name} has no tokenizer with it")
         return tokenizer
-    inner = Path(name).expanduser() / "model"
-    return data.load_tokenizer(inner if (inner / STRUCTURE).exists() or files.is_folder(inner) else name)
+    return data.load_tokenizer(_tokenizer_home(name))
 
 
 def tokenizer_files(name: str) -> Any:
@@ -109,13 +109,19 @@ def tokenizer_files(name: str) -> Any:
 
 
 def _tokenizer_home(name: str) -> Path:
-    """The folder in which a name that is no checkpoint has its tokenizer."""
-    try:
-        return model_folder(name)
-    except FolderError:
-        if (folder := Path(name).expanduser()).is_dir():
-            return folder
-        raise
+    """The folder in which a name that is no checkpoint has its tokenizer. Raises FolderError for one of the hub that
+    cannot be fetched."""
+    inner = Path(name).expanduser() / "model"
+    return inner if (inner / STRUCTURE).exists() or files.is_folder(inner) else hub.folder(name, hub.TOKENIZER)
+
+
+def generation_ids(name: str) -> dict[str, Any]:
+    """What the configs of a model say of the tokens with which a text begins, ends and is filled up. A checkpoint says
+    it in its tokenizer's files, and here nothing."""
+    if checkpointed.found_in(name):
+        return {}
+    found = {setting: generation.setting(_tokenizer_home(name), setting) for setting in GENERATION_IDS}
+    return {setting: value for setting, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)

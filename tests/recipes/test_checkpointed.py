@@ -17,6 +17,7 @@ from lmx.core import sharding
 from lmx.core.errors import FolderError
 from lmx.hf import TokenizerFiles
 from lmx.models import generation, transformer
+from lmx.models.filenames import GENERATION
 from lmx.models.presets import preset
 from lmx.recipes import checkpointed, convert, corpus, evaluate, generate, models, train
 from lmx.recipes.convert import ConvertOptions
@@ -116,9 +117,9 @@ def test_the_chat_template_travels(tmp_path, to):
 
 
 def test_what_a_tokenizer_came_with_goes_into_a_run(tmp_path):
-    """The tokens that end a text stand in a config that does not come along."""
+    """The tokens that begin and end a text stand in a config that does not come along."""
     home, kept = tmp_path / "home", tmp_path / "kept"
-    notes = {generation.NOTES: {"eos_token_id": [1, 2]}}
+    notes = {generation.NOTES: {"eos_token_id": [1, 2], "decoder_start_token_id": 7, "pad_token_id": None}}
     lmx.save(tiny(), home, tokenizer=TOKENIZER, notes=notes)
     (home / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     made = models.load_tokenizer(str(home))
@@ -127,6 +128,11 @@ def test_what_a_tokenizer_came_with_goes_into_a_run(tmp_path):
         corpus._save_tokenizer(TrainOptions(init=str(home), objective=objective), made, kept / objective)
         assert data.load_tokenizer(kept / objective).eos_ids == (1, 2)
         assert data.load_template(kept / objective) == data.load_template(home)
+        assert json.loads((kept / objective / GENERATION).read_text()).keys() >= {"decoder_start_token_id"}
+    state, run = start(tiny(), optax.adam(1e-3)), tmp_path / "run"
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(1, state, {"model": checkpointed.travelling(state.model, TokenizerFiles(kept / "chat"))})
+    assert models.decoder_start(str(run), made) == 7 and models.load_tokenizer(str(run)).eos_ids == (1, 2)
     corpus._save_tokenizer(TrainOptions(tokenizer=str(home)), made, kept / "new")
     assert data.load_tokenizer(kept / "new").eos_ids == (1, 2)
 
