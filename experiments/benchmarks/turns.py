@@ -83,7 +83,8 @@ def peak_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """Give back what is free, and let `peak_bytes` begin anew."""
+    """Give back what is free, and let `peak_bytes` begin anew. Other threads take a moment to free what they used."""
+    time.sleep(1)
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
