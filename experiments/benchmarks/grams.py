@@ -27,12 +27,11 @@ def benchmark(options: Namespace) -> dict[str, Any]:
     import jax
 
     from lmx.models.cost import cost
-    from lmx.models.stacks import unstack
     from lmx.reparam.grams import sites
 
     case = "4 layers" if options.quick else "12 layers"
     row = turns.compete(case, (turns.LMX, KEPT, ALONE), rounds=1, warm=0)
-    model, tokens = jax.eval_shape(lambda: unstack(init(case))), ROWS * LENGTH * BATCHES
+    model, tokens = jax.eval_shape(lambda: init(case)), ROWS * LENGTH * BATCHES
     found = sites(model)
     layers, width, _ = SIZES[case]
     row["above"] = {name: row["peak_bytes"][name] - row["peak_bytes"][ALONE] for name in (turns.LMX, KEPT)}

@@ -333,8 +333,8 @@ class OutputsFirst(weights.Weight):
     @classmethod
     def of(cls, w: jax.Array, inputs: int, outputs: int) -> OutputsFirst:
         """That of a plain array (copies..., inputs..., outputs...)."""
-        moved = tuple(range(w.ndim - outputs, w.ndim)) + tuple(range(w.ndim - inputs - outputs, w.ndim - outputs))
-        return cls(jnp.transpose(w, (*range(w.ndim - inputs - outputs), *moved)), inputs, outputs)
+        first = w.ndim - inputs - outputs
+        return cls(jnp.moveaxis(w, range(first, first + inputs), range(-inputs, 0)), inputs, outputs)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ import numpy as np
 from lmx import data
 from lmx.core import specs
 from lmx.core.errors import FolderError
-from lmx.models import structure, transformer  # noqa: F401  (registers the nodes of models)
-from lmx.models.filenames import TOKENIZER_TEXTS
+from lmx.models import generation, structure, transformer  # noqa: F401  (registers the nodes of models)
+from lmx.models.filenames import CONFIG, TOKENIZER_TEXTS
 from lmx.train import leaves, steps, verified
 from lmx.train.checkpoints import open_path
 from lmx.train.verified import Damaged
@@ -99,6 +99,17 @@ def open_tokenizer_files(name: str) -> StoredFiles | None:
     return _first_sound(name, _stored_files)
 
 
+def open_notes(name: str) -> dict[str, Any]:
+    """The notes that travelled with a checkpoint. Raises as `open_checkpoint`."""
+    return _first_sound(name, lambda path: travelled(path)["notes"])
+
+
+def at_tokenizer(name: str, read: Callable[[Path], Any]) -> Any:
+    """What `read` gives of a folder with the tokenizer's files of a checkpoint, and the config.json that its model came
+    with; it is empty where nothing travelled. Raises as `open_checkpoint`, and what `read` does."""
+    return _first_sound(name, lambda path: _at_tokenizer(path, read))
+
+
 def travelled(path: Any) -> dict[str, Any]:
     """What `travelling` gave to a checkpoint. Raises Damaged, or FolderError if nothing did."""
     found = verified.about(path)["extra"].get(MODEL)
@@ -109,12 +120,17 @@ def travelled(path: Any) -> dict[str, Any]:
 
 def load_tokenizer(path: Any) -> data.Tokenizer | None:
     """The tokenizer of one checkpoint."""
-    files = _stored_files(path)
-    if files is None:
-        return None
+    return None if _stored_files(path) is None else _at_tokenizer(path, data.load_tokenizer)
+
+
+def _at_tokenizer(path: Any, read: Callable[[Path], Any]) -> Any:
+    stored, origin = _stored_files(path), travelled(path)["notes"].get(generation.NOTES)
     with tempfile.TemporaryDirectory(prefix="lmx-tokenizer-") as folder:
-        files.save(folder)
-        return data.load_tokenizer(folder)
+        if stored is not None:
+            stored.save(folder)
+        if origin is not None:
+            (Path(folder) / CONFIG).write_text(json.dumps(origin), encoding="utf-8")
+        return read(Path(folder))
 
 
 def _stored_files(path: Any) -> StoredFiles | None:

@@ -16,7 +16,7 @@ from lmx.hf import files
 from lmx.hf.library import FORMATS
 from lmx.models import generation
 from lmx.models.fields import DTYPES
-from lmx.recipes import checkpointed, models
+from lmx.recipes import models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +56,9 @@ def run(options: ConvertOptions) -> dict[str, Any]:
         raise ConfigError("like says how to write Hugging Face's format; leave it out, or give to=hf")
     dtype = None if o.dtype is None else jnp.dtype(o.dtype)
     model = hf.load(source, dtype=dtype) if foreign else models.load_model(str(source), dtype=dtype)
-    if foreign:
-        origin, tokenizer = files.origin(source), hf.TokenizerFiles(source)
-    else:
-        stands_alone = checkpointed.found_in(str(source))
-        origin = None if stands_alone else files.origin(models.model_folder(str(source)))
-        tokenizer = models.tokenizer_files(str(source))
-        if origin is None and to == "hf":  # born in lmx: the tokenizer says which token ends a text
-            tokenizer = models.ending(str(source), tokenizer)
+    origin, tokenizer = models.came_from(str(source)), models.tokenizer_files(str(source))
+    if origin is None and to == "hf":  # born in lmx: the tokenizer says which token ends a text
+        tokenizer = models.ending(str(source), tokenizer)
     target = Path(o.target).expanduser()
     if to == "hf":
         hf.save(model, target, tokenizer=tokenizer, overwrite=o.overwrite, format="hf", like=o.like or origin)

@@ -18,8 +18,8 @@ from rich.table import Table
 from lmx import data, evaluate
 from lmx.core.errors import DataError, FolderError, nearest
 from lmx.data import ChatTemplate, Document, Examples, TokenCache, Tokenizer, special_tokens
-from lmx.models import generation
-from lmx.models.filenames import GENERATION
+from lmx.hf.files import TokenizerFiles
+from lmx.models.filenames import CONFIG
 from lmx.recipes import models, objectives
 from lmx.recipes.options import TrainOptions
 from lmx.train.progress import si
@@ -35,6 +35,7 @@ class Corpus:
     caches: dict[str, TokenCache]  # of documents; or
     examples: dict[str, Examples]  # of pairs or conversations
     lzma: dict[str, float]  # bits per byte of the test split, "all" and by domain
+    tokenizer_files: TokenizerFiles  # the same tokenizer, with its chat template where it has one
 
 
 def choose_tokenizer(name: str, vocab_size: int, texts: Callable[[], list[str]]) -> Tokenizer:
@@ -76,7 +77,7 @@ def _prepare_stream(options: TrainOptions, folder: Path, console: Console) -> No
     if options.objective == "causal":
         with console.status("compressing the test split with lzma"):
             lzma = evaluate.lzma_bits_per_byte(by_domain(splits["test"]))
-    _save_tokenizer(options, made, tokenizer_folder(folder))
+    _save_tokenizer(options, made, folder / "tokenizer")
     _write(folder, {"caches": {name: cache.folder.name for name, cache in caches.items()}, "lzma": lzma})
 
 
@@ -100,7 +101,7 @@ def _prepare_examples(options: TrainOptions, folder: Path, console: Console) -> 
         highlight=False,
         soft_wrap=True,
     )
-    _save_tokenizer(o, made, tokenizer_folder(folder))
+    _save_tokenizer(o, made, folder / "tokenizer")
     for name, one in examples.items():
         data.save_examples(one, folder / f"{name}.safetensors")
     _write(folder, {"examples": [f"{name}.safetensors" for name in SPLITS]})
@@ -120,24 +121,17 @@ def _encode(options: TrainOptions, read: list, tokenizer: Tokenizer, template: C
     return data.encode_pairs(read, tokenizer, start_id=start, source_start_id=special_tokens.first_id(tokenizer))
 
 
-def tokenizer_folder(folder: Path) -> Path:
-    """Where a prepared corpus keeps the tokenizer's files, the chat template among them."""
-    return folder / "tokenizer"
-
-
 def _save_tokenizer(options: TrainOptions, made: Tokenizer, place: Path) -> None:
-    """A tokenizer that came with a model, or with a template, with all the files that it had there, and the special
-    ids of the model's config, which does not come along."""
-    made.save(place)
+    """A tokenizer that came with a model, or with a template, with all the files that it had there, unchanged; what the
+    model's config says of its tokens, such as which end a text, is read from beside them."""
     if options.init is None and options.objective != "chat":
+        made.save(place)
         return
     name = options.init or options.tokenizer
+    place.mkdir(parents=True, exist_ok=True)
     models.tokenizer_files(name).save(place)
-    said = generation.read_json(place / GENERATION) if (place / GENERATION).exists() else {}
-    known = {key: value for key, value in said.items() if value is not None}
-    if more := {key: value for key, value in models.generation_ids(name).items() if key not in known}:
-        text = json.dumps(said | more, indent=2)
-        (place / GENERATION).write_text(text + "\n", encoding="utf-8")
+    if (origin := models.came_from(name)) is not None:
+        (place / CONFIG).write_text(json.dumps(origin), encoding="utf-8")
 
 
 def read_pairs(source: str) -> list[data.Pair]:
@@ -183,7 +177,8 @@ def reopen(folder: Path) -> Corpus:
         ) from error
     caches = {name: data.open_cache(folder / "tokens", key) for name, key in about.get("caches", {}).items()}
     examples = {Path(name).stem: data.open_examples(folder / name) for name in about.get("examples", ())}
-    return Corpus(data.load_tokenizer(tokenizer_folder(folder)), caches, examples, about.get("lzma", {}))
+    place = folder / "tokenizer"
+    return Corpus(data.load_tokenizer(place), caches, examples, about.get("lzma", {}), TokenizerFiles(place))
 
 
 def by_domain(documents: list[Document]) -> dict[str, list[str]]:

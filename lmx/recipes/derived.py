@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from typing import Any
 from lmx import hf
 from lmx.core import specs
 from lmx.core.errors import ConfigError, nearest
-from lmx.hf import files
 from lmx.hf.library import FORMATS
 from lmx.models import generation
 from lmx.models.transformer import Model
-from lmx.recipes import checkpointed, models
+from lmx.recipes import models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +32,7 @@ def open_source(name: str) -> Source:
     model = models.load_model(name)
     if not isinstance(model, Model):
         raise ConfigError(f"{name} holds a {type(model).__name__}; this works on Transformers")
-    if checkpointed.found_in(name):
-        return Source(name, model, models.tokenizer_files(name), None, {})
-    place = models.model_folder(name)
-    if files.is_folder(place):
-        return Source(name, model, hf.TokenizerFiles(place), files.origin(place), {})
-    notes = json.loads((place / models.STRUCTURE).read_text(encoding="utf-8")).get("notes", {})
-    return Source(name, model, hf.TokenizerFiles(place), files.origin(place), notes)
+    return Source(name, model, models.tokenizer_files(name), models.came_from(name), models.notes_of(name))
 
 
 def check_format(name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from lmx.core import hub
 from lmx.core.errors import FolderError, nearest
 from lmx.data import special_tokens
 from lmx.hf import files, library
-from lmx.hf.writing import GENERATION_IDS
-from lmx.models import filenames, generation
+from lmx.models import generation
 from lmx.models.presets import PRESETS
 from lmx.recipes import checkpointed
 
@@ -27,10 +26,9 @@ def model_folder(name: str, also: tuple[str, ...] = ()) -> Path:
 
     `also` are further right answers, for the error. Raises FolderError if there is no model.
     """
+    if (place := _model_place(name)) is not None:
+        return place
     folder = Path(name).expanduser()
-    for place in (folder, folder / "model"):
-        if (place / STRUCTURE).exists() or files.is_folder(place):
-            return place
     if hub.is_name(name):
         return hub.folder(name)
     if (folder / "run.json").exists():
@@ -51,13 +49,29 @@ def model_folder(name: str, also: tuple[str, ...] = ()) -> Path:
     raise FolderError(f"there is no folder {name!r}{hint}")
 
 
+def _model_place(name: str) -> Path | None:
+    """The folder on this machine that holds the model, if one does."""
+    folder = Path(name).expanduser()
+    is_model = lambda place: (place / STRUCTURE).exists() or files.is_folder(place)  # noqa: E731
+    return next(filter(is_model, (folder, folder / "model")), None)
+
+
 def came_from(name: str | None) -> dict[str, Any] | None:
-    """config.json of Hugging Face with which the model of a folder came; None where it did not come from there, or is
-    there no more."""
+    """config.json of Hugging Face with which the model of a folder or checkpoint came; None where it did not come from
+    there, or is there no more."""
     with contextlib.suppress(FolderError):
-        if name is not None and not checkpointed.found_in(name):
-            return files.origin(model_folder(name))
+        if name is not None:
+            at_checkpoint = checkpointed.found_in(name)
+            return notes_of(name).get(generation.NOTES) if at_checkpoint else files.origin(model_folder(name))
     return None
+
+
+def notes_of(name: str) -> dict[str, Any]:
+    """What the folder or checkpoint of a model says of how it was made. Raises FolderError."""
+    if checkpointed.found_in(name):
+        return checkpointed.open_notes(name)
+    structure = model_folder(name) / STRUCTURE
+    return json.loads(structure.read_text(encoding="utf-8")).get("notes", {}) if structure.exists() else {}
 
 
 def open_model(name: str, *, dtype: Any = None) -> tuple[Any, data.Tokenizer]:
@@ -111,17 +125,12 @@ def tokenizer_files(name: str) -> Any:
 def _tokenizer_home(name: str) -> Path:
     """The folder in which a name that is no checkpoint has its tokenizer. Raises FolderError for one of the hub that
     cannot be fetched."""
-    inner = Path(name).expanduser() / "model"
-    return inner if (inner / STRUCTURE).exists() or files.is_folder(inner) else hub.folder(name, hub.TOKENIZER)
+    return _model_place(name) or hub.folder(name, hub.TOKENIZER)
 
 
-def generation_ids(name: str) -> dict[str, Any]:
-    """What the configs of a model say of the tokens with which a text begins, ends and is filled up. A checkpoint says
-    it in its tokenizer's files, and here nothing."""
-    if checkpointed.found_in(name):
-        return {}
-    found = {setting: generation.setting(_tokenizer_home(name), setting) for setting in GENERATION_IDS}
-    return {setting: value for setting, value in found.items() if value is not None}
+def _at_tokenizer(name: str, read: Callable[[Path], Any]) -> Any:
+    """What `read` gives of the folder in which a model has its tokenizer, those of a checkpoint written out for it."""
+    return checkpointed.at_tokenizer(name, read) if checkpointed.found_in(name) else read(_tokenizer_home(name))
 
 
 @dataclass(frozen=True)
@@ -143,29 +152,21 @@ def ending(name: str, its_files: Any) -> Any:
 def load_template(name: str) -> data.ChatTemplate:
     """The chat template of a model's folder or checkpoint, or of any folder. Raises FolderError or DataError where
     there is none."""
-    if not checkpointed.found_in(name):
-        return data.load_template(_tokenizer_home(name))
-    with tempfile.TemporaryDirectory(prefix="lmx-template-") as folder:
-        if (stored := checkpointed.open_tokenizer_files(name)) is not None:
-            stored.save(folder)
-        try:
-            return data.load_template(folder)
-        except FolderError:
-            raise FolderError(
-                f"the checkpoint {name} has no chat template with it: the run's objective was not chat, or its "
-                "tokenizer had none; give the model plain text"
-            ) from None
+    try:
+        return _at_tokenizer(name, data.load_template)
+    except FolderError:
+        if not checkpointed.found_in(name):
+            raise
+        raise FolderError(
+            f"the checkpoint {name} has no chat template with it: the run's objective was not chat, or its tokenizer "
+            "had none; give the model plain text"
+        ) from None
 
 
 def decoder_start(name: str, tokenizer: data.Tokenizer) -> int:
     """What the decoder of an encoder-decoder begins with: by the configs of Hugging Face it came with, else the padding
     token."""
-    if not checkpointed.found_in(name):
-        found = generation.setting(model_folder(name), "decoder_start_token_id")
-    else:
-        stored = checkpointed.open_tokenizer_files(name)
-        said = {} if stored is None else json.loads(stored.texts.get(filenames.GENERATION, "{}"))
-        found = said.get("decoder_start_token_id")
+    found = _at_tokenizer(name, lambda folder: generation.setting(folder, "decoder_start_token_id"))
     return special_tokens.pad_id(tokenizer) if found is None else found
 
 
@@ -185,9 +186,4 @@ def _checkpoints_of(run: Path) -> str:
 
 def trained_length(name: str) -> int | None:
     """The tokens a row with which a run trained the model, or None where that is not known."""
-    if found := checkpointed.found_in(name):
-        notes = checkpointed.travelled(found[0])["notes"]
-    else:
-        structure = model_folder(name) / STRUCTURE
-        notes = json.loads(structure.read_text(encoding="utf-8")).get("notes", {}) if structure.exists() else {}
-    return notes.get("options", {}).get("length")
+    return notes_of(name).get("options", {}).get("length")

@@ -20,7 +20,6 @@ from lmx import data, decode, evaluate, losses
 from lmx.core import sharding, specs
 from lmx.core.errors import Stopped
 from lmx.data.stepwise import Stepwise
-from lmx.hf import files
 from lmx.models import cost, folders, generation, transformer, unigram
 from lmx.models.presets import preset
 from lmx.recipes import checkpointed, models, objectives, rows
@@ -141,8 +140,7 @@ def _fit(
         state = _state(o, corpus, optimizer, checkpoints, batches)
         first, price = int(state.step), cost.cost(state.model, o.length)
         log = _log(o, folder, first)
-        tokenizer = files.TokenizerFiles(texts.tokenizer_folder(folder / "data"))
-        travels = checkpointed.travelling(state.model, tokenizer, {"options": told.values(o)})
+        travels = checkpointed.travelling(state.model, corpus.tokenizer_files, _notes(o))
     _say_what(o, price, specs.count(state.trained), first, console)
     index, count = part_of_process(o.batch_size)
     place = functools.partial(place_batch, index=index, count=count)
@@ -210,6 +208,12 @@ def resume_command(folder: Path, started_by: str = "") -> str:
     return f"lmx train --resume --output {shlex.quote(str(folder))} {started_by}".rstrip()
 
 
+def _notes(options: TrainOptions) -> dict[str, Any]:
+    """What a model of this run says of itself, with the config that it came with, so that it can go back as it came."""
+    origin = models.came_from(options.init)
+    return {"options": told.values(options)} | ({} if origin is None else {generation.NOTES: origin})
+
+
 def _finish(
     options: TrainOptions, folder: Path, corpus: Corpus, outcome: Outcome, model: Any, console: Console
 ) -> dict[str, Any]:
@@ -226,10 +230,8 @@ def _finish(
         "steps": outcome.step,
         "skipped": outcome.skipped,
     }
-    origin = models.came_from(options.init)  # so that it can go back as it came
-    kept = notes if origin is None else notes | {generation.NOTES: origin}
-    tokenizer = files.TokenizerFiles(texts.tokenizer_folder(folder / "data"))
-    folders.save(model, folder / "model", tokenizer=tokenizer, overwrite=True, notes=kept)
+    kept = notes | _notes(options)
+    folders.save(model, folder / "model", tokenizer=corpus.tokenizer_files, overwrite=True, notes=kept)
 
     def show() -> dict[str, Any]:
         bits = found.get("bits_per_byte")

@@ -17,7 +17,6 @@ from lmx.core import sharding
 from lmx.core.errors import FolderError
 from lmx.hf import TokenizerFiles
 from lmx.models import generation, transformer
-from lmx.models.filenames import GENERATION
 from lmx.models.presets import preset
 from lmx.recipes import checkpointed, convert, corpus, evaluate, generate, models, train
 from lmx.recipes.convert import ConvertOptions
@@ -122,19 +121,24 @@ def test_what_a_tokenizer_came_with_goes_into_a_run(tmp_path):
     notes = {generation.NOTES: {"eos_token_id": [1, 2], "decoder_start_token_id": 7, "pad_token_id": None}}
     lmx.save(tiny(), home, tokenizer=TOKENIZER, notes=notes)
     (home / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    before = {path.name: path.read_bytes() for path in home.iterdir()}
     made = models.load_tokenizer(str(home))
     assert made.eos_ids == (1, 2)
     for objective in ("causal", "chat"):
         corpus._save_tokenizer(TrainOptions(init=str(home), objective=objective), made, kept / objective)
         assert data.load_tokenizer(kept / objective).eos_ids == (1, 2)
         assert data.load_template(kept / objective) == data.load_template(home)
-        assert json.loads((kept / objective / GENERATION).read_text()).keys() >= {"decoder_start_token_id"}
-    state, run = start(tiny(), optax.adam(1e-3)), tmp_path / "run"
-    with Checkpoints(run) as checkpoints:
-        checkpoints.save(1, state, {"model": checkpointed.travelling(state.model, TokenizerFiles(kept / "chat"))})
-    assert models.decoder_start(str(run), made) == 7 and models.load_tokenizer(str(run)).eos_ids == (1, 2)
+        unchanged = TokenizerFiles(kept / objective).names
+        assert unchanged and all((kept / objective / name).read_bytes() == before[name] for name in unchanged)
     corpus._save_tokenizer(TrainOptions(tokenizer=str(home)), made, kept / "new")
     assert data.load_tokenizer(kept / "new").eos_ids == (1, 2)
+    options = TrainOptions(init=str(home), length=24)
+    state, run = start(tiny(), optax.adam(1e-3)), tmp_path / "run"
+    with Checkpoints(run) as checkpoints:
+        extra = checkpointed.travelling(state.model, TokenizerFiles(kept / "chat"), train._notes(options))
+        checkpoints.save(1, state, {"model": extra})
+    assert models.decoder_start(str(run), made) == 7 and models.load_tokenizer(str(run)).eos_ids == (1, 2)
+    assert models.came_from(str(run)) == notes[generation.NOTES] and models.trained_length(str(run)) == 24
 
 
 def test_no_chat_template_is_said(tmp_path):

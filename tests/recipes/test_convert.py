@@ -97,6 +97,9 @@ def test_a_tuned_model_goes_back_as_it_came(source, tmp_path, capsys):
     assert read(tmp_path / "back") == read(source)
     before, after = (open_arrays(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
     assert before.keys() == after.keys() and any((before[name] != after[name]).any() for name in before)
+    told = result(capsys, "convert", run / "checkpoints", tmp_path / "again")
+    assert told["architecture"] == "mistral" and set(told["files"]) == names
+    assert read(tmp_path / "again") == read(source)
 
 
 @pytest.mark.parametrize(
