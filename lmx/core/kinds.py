@@ -322,8 +322,8 @@ class Sum(weights.Weight):
 class OutputsFirst(weights.Weight):
     """W as it is, stored with its outputs before its inputs: `array` (copies..., outputs..., inputs...).
 
-    What a CPU multiplies by few rows in half the time (`lmx.core.weights.few_rows`), and so what decoding makes of a
-    model for its own use; `rank` is the number of output axes.
+    What a CPU multiplies by few rows in half the time (`lmx.core.weights.weights_first`), and so what decoding makes of
+    a model for its own use; `rank` is the number of output axes.
     """
 
     array: Any

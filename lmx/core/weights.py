@@ -175,20 +175,26 @@ def multiply(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
     else:
         out_spec = None
     if x.dtype == jnp.float32:
-        if rows == 1 and few_rows(x.shape[0]) and (turned := _weight_first(left, right, out)):
+        if rows == 1 and weights_first(x.shape[0]) and (turned := _weight_first(left, right, out)):
             return jnp.moveaxis(jax.lax.optimization_barrier(jnp.einsum(turned, w, x)), -1, 0)
         return jnp.einsum(subscripts, x, w, out_sharding=out_spec)
     return _low_precision(subscripts, out_spec, x, w)
 
 
-def few_rows(rows: int) -> bool:
-    """Whether so many rows are multiplied faster by a weight that has its outputs first, as `OutputsFirst` of
-    `lmx.core.kinds` has them: on a CPU, several and yet few. XLA's backend there spends more time on rearranging a
-    matrix for a product of more than one row than on the product, unless that is written with the weight first; with
-    many rows that does not count, and with two both take equally long."""
+def few_rows(rows: int, least: int = 1) -> bool:
+    """Whether these are few rows, from `least` to 32, on a CPU and no mesh: decoding there is all reading of weights
+    and starting of products, so that fewer and larger products pay (`lmx.nn.attention.join`)."""
     if sharding.mesh_kind() is not None or sharding.platform() != "cpu":
         return False
-    return isinstance(rows, int) and 2 < rows <= 32
+    return isinstance(rows, int) and least <= rows <= 32
+
+
+def weights_first(rows: int) -> bool:
+    """Whether so many rows are multiplied faster by a weight that has its outputs first, as `OutputsFirst` of
+    `lmx.core.kinds` has them. XLA's backend for CPUs spends more time on rearranging a matrix for a product of more
+    than one row than on the product, unless that is written with the weight first; with many rows that does not count,
+    and with two both take equally long."""
+    return few_rows(rows, least=3)
 
 
 def _weight_first(left: str, right: str, out: str) -> str | None:

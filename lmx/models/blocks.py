@@ -209,8 +209,7 @@ def layer(
     bias = distance_bias(c, tower, at, at, causal)
 
     def own(params: Block, y: jax.Array) -> jax.Array:
-        q = attend.project_query(params.attention, y, turns[params.kind], of_heads)
-        k, v = attend.project_key_value(params.attention, y, turns[params.kind], of_heads)
+        q, k, v = attend.project(params.attention, y, turns[params.kind], of_heads)
         z = dot_product.attention(
             q, k, v, causal=causal, segment_ids=segment_ids, bias=bias, implementation=c.attention,
             window=c.window if params.kind.startswith("local") else None, **scores(c),

@@ -81,15 +81,15 @@ def step(
     of_heads, caches = functools.partial(blocks.normalise, c), []
 
     def own(params: Block, y: jax.Array) -> jax.Array:
-        q = attend.project_query(params.attention, y, turns[params.kind], of_heads)
         seen = {"mask": near if params.kind.startswith("local") else mask, "bias": bias, **blocks.scores(c)}
         cache = state.caches[len(caches)]
         if params.attention.latent is not None:
+            q = attend.project_query(params.attention, y, turns[params.kind], of_heads)
             cache = latents.write(cache, attend.project_latent(params.attention, y), begin)
             caches.append(cache)
             z = latents.attention(params.attention, q, cache, turns_kept[params.kind], of_heads, **seen)
         else:
-            k, v = attend.project_key_value(params.attention, y, turns[params.kind], of_heads)
+            q, k, v = attend.project(params.attention, y, turns[params.kind], of_heads)
             cache = attend.write(cache, k, v, begin)
             caches.append(cache)
             z = dot_product.attention(q, *_heads_last(cache), implementation="reference", **seen)

@@ -21,8 +21,8 @@ from lmx.models.conditional import Conditional
 from lmx.models.config import Config
 from lmx.models.fields import DTYPES
 from lmx.models.protocol import score_in_chunks
+from lmx.nn import attention as attend
 from lmx.nn import embed, heads, norm, position
-from lmx.nn.attention import Attention
 from lmx.nn.heads import Head, Readout
 
 
@@ -124,7 +124,7 @@ def model_specs(model: Model) -> Params:
     return weights.specs_like(template.replace(**holes), params.replace(**holes)).replace(**towers)
 
 
-def _with_keys_of(attention: Attention, other: Attention) -> Attention:
+def _with_keys_of(attention: attend.Attention, other: attend.Attention) -> attend.Attention:
     return attention.replace(key=other.key, value=other.value)
 
 
@@ -302,15 +302,21 @@ class Model:
         return sharding.place(self.log_probs(x), "batch", None, "vocab"), state
 
     def for_steps(self, rows: int) -> Model:
-        """The same model as many steps of so many rows want it: float32 matrices are stored as they are multiplied
-        fastest (`lmx.core.weights.few_rows`), in memory of their own. Those that multiply what is remembered, of a
-        source or as latents, and what is computed in another dtype are left as they are."""
+        """The same model as many steps of so many rows want it: of few rows on a CPU (`lmx.core.weights.few_rows`),
+        query, key and value are one product, and float32 matrices are stored as they are multiplied fastest
+        (`weights_first`), in memory of their own. Those that multiply what is remembered, of a source or as latents,
+        and what is computed in another dtype are left as they are."""
         p = self.params
         if not weights.few_rows(rows) or p.decoder is None or self.config.activation_dtype != "float32":
             return self
-        turn = lambda specs, tree: jax.tree.map(kinds.outputs_first, specs, tree)  # noqa: E731
+        turns = weights.weights_first(rows)
+        turn = lambda specs, tree: jax.tree.map(kinds.outputs_first, specs, tree) if turns else tree  # noqa: E731
 
-        def turn_block(own: Block, block: Block) -> Block:
+        def arrange(own: Block, block: Block) -> Block:
+            joined = attend.join(block.attention)
+            if joined.joined is not None:  # its axes are those of the query
+                own_joined = own.attention.replace(query=None, key=None, value=None, joined=own.attention.query)
+                own, block = own.replace(attention=own_joined), block.replace(attention=joined)
             made = turn(own, block)
             if block.attention.latent is not None:
                 made = made.replace(attention=_with_keys_of(made.attention, block.attention))
@@ -318,7 +324,7 @@ class Model:
 
         own = self.specs().params
         is_block = lambda x: isinstance(x, Block)  # noqa: E731
-        layers = jax.tree.map(turn_block, own.decoder.layers, p.decoder.layers, is_leaf=is_block)
+        layers = jax.tree.map(arrange, own.decoder.layers, p.decoder.layers, is_leaf=is_block)
         return self.replace(params=p.replace(decoder=p.decoder.replace(layers=layers), head=turn(own.head, p.head)))
 
     def rewind(self, state: DecodeState, lengths: jax.Array) -> DecodeState:

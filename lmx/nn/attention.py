@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmx.core import sharding
+from lmx.core import sharding, weights
 from lmx.core.nodes import node
 from lmx.core.specs import ParamSpec
 from lmx.nn import mlp, norm, position
@@ -34,6 +34,7 @@ class Attention:
     query_norm: norm.Norm | None = None  # over each head (c,), or over all of them (h, c)
     key_norm: norm.Norm | None = None
     latent: Any = None  # weight (d, r): what keys and values are made from (`lmx.nn.latent`), or None
+    joined: Any = None  # weight (d, h + 2k, c): query, key and value, which are None then (`join`), or None
 
 
 def abstract(
@@ -74,12 +75,35 @@ def _over_heads(specs: norm.Norm | None, heads: int, axis: str) -> norm.Norm | N
     return jax.tree.map(lambda spec: spec.replace(shape=(heads, *spec.shape), axes=(axis, "head_dim")), specs)
 
 
+def join(params: Attention) -> Attention:
+    """The same layer with query, key and value as one matrix, multiplied once and not three times, where they are
+    plain arrays of one dtype that read the same x; else as it is."""
+    parts = (params.query, params.key, params.value)
+    if params.latent is not None or any(map(weights.is_weight, parts)) or len({w.dtype for w in parts}) > 1:
+        return params
+    return params.replace(query=None, key=None, value=None, joined=jnp.concatenate(parts, axis=-2))
+
+
+def project(
+    params: Attention, x: jax.Array, angles: Angles = None, normalise: Normalise = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`project_query` and `project_key_value` of the same x (b, t, d): queries (b, t, h, c), keys and values
+    (b, t, k, c)."""
+    if params.joined is None:
+        return project_query(params, x, angles, normalise), *project_key_value(params, x, angles, normalise)
+    y = weights.einsum("btd,dhc->bthc", x, params.joined)
+    h = params.out.shape[-3]
+    q, k, v = jnp.split(y, (h, (h + y.shape[2]) // 2), axis=2)
+    q = _finish(q, params.query_bias, params.query_norm, angles, normalise)
+    k = _finish(k, params.key_bias, params.key_norm, angles, normalise)
+    return q, k, _finish(v, params.value_bias)
+
+
 def project_query(params: Attention, x: jax.Array, angles: Angles = None, normalise: Normalise = None) -> jax.Array:
     """Queries (b, t, h, c) of x (b, t, d): normalised where the layer has a norm for them, rotated unless angles is
     None."""
-    q = mlp.linear("btd,dhc->bthc", x, params.query, params.query_bias)
-    q = q if params.query_norm is None else normalise(params.query_norm, q)
-    return q if angles is None else position.rotate(q, angles)
+    q = weights.einsum("btd,dhc->bthc", x, params.query)
+    return _finish(q, params.query_bias, params.query_norm, angles, normalise)
 
 
 def project_key_value(
@@ -98,14 +122,22 @@ def project_latent(params: Attention, x: jax.Array) -> jax.Array:
 
 def project_key(params: Attention, x: jax.Array, angles: Angles = None, normalise: Normalise = None) -> jax.Array:
     """Keys (b, s, k, c) of what the layer makes them from: x (b, s, d), or latents (b, s, r)."""
-    k = mlp.linear("btd,dhc->bthc", x, params.key, params.key_bias)
-    k = k if params.key_norm is None else normalise(params.key_norm, k)
-    return k if angles is None else position.rotate(k, angles)
+    k = weights.einsum("btd,dhc->bthc", x, params.key)
+    return _finish(k, params.key_bias, params.key_norm, angles, normalise)
 
 
 def project_value(params: Attention, x: jax.Array) -> jax.Array:
     """Values (b, s, k, c) of x (b, s, d), or of latents (b, s, r)."""
-    return mlp.linear("btd,dhc->bthc", x, params.value, params.value_bias)
+    return _finish(weights.einsum("btd,dhc->bthc", x, params.value), params.value_bias)
+
+
+def _finish(
+    y: jax.Array, bias: Any, by: norm.Norm | None = None, angles: Angles = None, normalise: Normalise = None
+) -> jax.Array:
+    """A product (b, t, h, c) with its bias, normalised and rotated, where there is that."""
+    y = y if bias is None else y + bias.astype(y.dtype)
+    y = y if by is None else normalise(by, y)
+    return y if angles is None else position.rotate(y, angles)
 
 
 def project_out(params: Attention, y: jax.Array) -> jax.Array:

@@ -201,7 +201,7 @@ def test_few_rows_on_a_cpu_come_second_in_the_product(rows, first):
     program = jax.jit(lambda x, w: weights.einsum("bd,dv->bv", x, w)).lower(x, w).compile().as_text()
     assert (f"f32[64,{rows}]" in program) == first
     with sharding.use_mesh("fsdp=8"):
-        assert not weights.few_rows(rows)
+        assert not weights.weights_first(rows) and not weights.few_rows(rows)
 
 
 def test_flops_count_every_copy():

@@ -83,14 +83,25 @@ def test_stream_yields_the_tokens_of_generate(model, options):
 
 def test_few_rows_are_fed_to_matrices_that_have_their_outputs_first(model):
     """As the tests above do with three rows. What it is arranged into computes the same, factorized layers too."""
-    count, head = len(sites(model)), model.params.head.out is not None
+    count, head, layers = len(sites(model)), model.params.head.out is not None, model.config.num_layers
     small = reparam.factorize(model, keep=0.9, method="svd", form="two-factor", allocation="uniform")
-    for given, matrices in ((model, count), (small, 2 * count)):
+    for given, matrices in ((model, count - 2 * layers), (small, 2 * count)):  # three plain matrices are joined
         arranged = for_steps(given, 3)
         is_turned = lambda x: isinstance(x, OutputsFirst)  # noqa: E731
         assert sum(map(is_turned, jax.tree.leaves(arranged, is_leaf=is_turned))) == matrices + head
         np.testing.assert_allclose(arranged.logits(prompts()), given.logits(prompts()), atol=2e-5)
-        assert jax.tree.structure(for_steps(given, 1)) == jax.tree.structure(unstack(given))
+
+
+def test_few_rows_are_multiplied_by_query_key_and_value_at_once(model):
+    for rows, joins in ((1, True), (32, True), (33, False)):
+        arranged = for_steps(model, rows)
+        blocks = [block for (block,) in arranged.params.decoder.layers.stacks]
+        assert [block.attention.joined is not None for block in blocks] == [joins] * len(blocks)
+        np.testing.assert_allclose(arranged.logits(prompts()), model.logits(prompts()), atol=2e-5)
+    lora = reparam.attach(model, "attention/key", rank=2, key=KEY)
+    assert all(block.attention.joined is None for (block,) in for_steps(lora, 1).params.decoder.layers.stacks)
+    with use_mesh("fsdp=8"):
+        assert jax.tree.structure(for_steps(model, 1)) == jax.tree.structure(unstack(model))
 
 
 def test_what_multiplies_a_memory_is_left_as_it_is():
