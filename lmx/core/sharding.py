@@ -194,6 +194,17 @@ def platform() -> str:
     return next((name for name in ("tpu", "cpu") if name in kind), "gpu")
 
 
+def row_axes(x: jax.Array) -> tuple[str, ...]:
+    """The mesh axes that split the rows of a batch x (b, ...): on an Explicit mesh as x is split, on an Auto one as
+    the rules say; () elsewhere."""
+    if mesh_kind() is AxisType.Explicit:
+        return entries(x)[0]
+    if mesh_kind() is not AxisType.Auto:
+        return ()
+    (entry,) = partition_spec(("batch",), x.shape[:1], jax.sharding.get_abstract_mesh())
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def out_sharding(shape: Sequence[int], *axes: str | None) -> P | None:
     """What an operation's `out_sharding=` wants for these logical axes: a spec on Explicit meshes, else None."""
     if mesh_kind() is not AxisType.Explicit:

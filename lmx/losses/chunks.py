@@ -7,20 +7,22 @@ pass only scales what the forward pass left: the head is multiplied three times 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from lmx.core import sharding
 from lmx.models.protocol import split_chunks
 
 # terms(logits (b, chunk, v), fixed, piece of given) -> (sums, gradient of the first with respect to the logits)
 Terms = Callable[[jax.Array, Any, Any], tuple[tuple[jax.Array, ...], jax.Array]]
-# Logits of a chunk on one device, about: 16 MB of float32 on a CPU, to stay in its cache; 256 MB on accelerators, for
-# on a mesh every chunk's share of the head's gradient is summed over the devices.
+# Logits of a chunk on one device, about: 16 MB of float32 on a CPU, to stay in its cache; 256 MB on accelerators, so
+# that the head's gradient, which every chunk adds to, is read and written a few times only.
 CHUNK_LOGITS, ON_CPU = 1 << 26, 1 << 22
 
 
@@ -68,10 +70,40 @@ def _forward(terms, chunk, readout, features, fixed, given):
         d_r, d_f = _inexact(pull(d_logits))
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), d_readout, d_r), (sums, d_f)
 
-    start = jax.tree.map(lambda x: sharding.zeros_like(x, jnp.float32), _inexact(readout))
-    d_readout, (sums, d_features) = jax.lax.scan(step, start, _pieces(chunk, features, given))
-    d_features = jax.tree.map(_join, d_features, _inexact(features))
-    return _added(sums), (readout, d_readout, d_features)
+    def of_rows(features, given):
+        start = jax.tree.map(lambda x: sharding.zeros_like(x, jnp.float32), _inexact(readout))
+        d_readout, (sums, d_features) = jax.lax.scan(step, start, _pieces(chunk, features, given))
+        return d_readout, _added(sums), jax.tree.map(_join, d_features, _inexact(features))
+
+    d_readout, sums, d_features = _by_shard(of_rows, features, given)
+    return sums, (readout, d_readout, d_features)
+
+
+def _by_shard(of_rows: Callable, features: Any, given: Any) -> tuple[Any, Any, Any]:
+    """What `of_rows` gives of leaves (b, ...): two trees of sums over rows, and one of leaves (b, ...).
+
+    Where a mesh splits rows, each shard has sums of its own, and these are added up at the end: of one sum for all, a
+    loop would add up the devices' shares every time round.
+    """
+    axes, auto = sharding.row_axes(jax.tree.leaves(given)[0]), sharding.mesh_kind() is AxisType.Auto
+    if not axes:
+        return of_rows(features, given)
+    n = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+
+    def lay(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """x in another shape, its first axis split as the rows are."""
+        if auto:
+            free = [P.UNCONSTRAINED] * (len(shape) - 1)
+            return jax.lax.with_sharding_constraint(x.reshape(shape), P(axes, *free))
+        split = [entry or None for entry in sharding.entries(x)]
+        behind = split[2:] if len(shape) < x.ndim else [None, *split[1:]]
+        return jax.lax.reshape(x, shape, out_sharding=P(axes, *behind))
+
+    apart = lambda x: lay(x, (n, x.shape[0] // n, *x.shape[1:]))  # noqa: E731
+    each = jax.vmap(of_rows, spmd_axis_name=axes if auto else None)
+    d_readout, sums, d_features = each(*jax.tree.map(apart, (features, given)))
+    d_readout, sums = jax.tree.map(lambda x: x.sum(0), (d_readout, sums))
+    return d_readout, sums, jax.tree.map(lambda x: lay(x, (x.shape[0] * x.shape[1], *x.shape[2:])), d_features)
 
 
 def _backward(terms, chunk, saved, cotangent):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from lmx.core import sharding
+from lmx.core import hlo, sharding
 from lmx.core.errors import ConfigError
 from lmx.losses import cross_entropy, targets_of
 from lmx.models.unigram import Unigram
@@ -188,6 +188,22 @@ def test_sharded_equals_float64(bigram, text, kind):
         check(model, batch, got, 0.01, **CLOSE)
         if kind == "explicit":  # gradients lie as the parameters do
             assert got[1].rows.sharding.is_equivalent_to(placed.rows.sharding, 2)
+
+
+@pytest.mark.parametrize(("text", "kind"), MESHES)
+def test_the_heads_gradient_is_summed_over_devices_behind_the_last_chunk(bigram, text, kind):
+    """And no scalar sum for every chunk: within the loop only a split vocabulary makes devices talk."""
+    model, batch = bigram(V, D, False), make_batch()
+    with sharding.use_mesh(text, explicit=kind == "explicit") as mesh:
+        put = lambda x, *axes: jax.device_put(x, sharding.named_sharding(axes, x.shape, mesh))  # noqa: E731
+        placed = model.replace(rows=put(model.rows, None, "embed"), head=put(model.head, "embed", "vocab"))
+        rows = {name: put(x, "batch", "sequence") for name, x in batch.items()}
+        step = jax.jit(jax.grad(lambda model, batch: cross_entropy(model, batch, chunk=4)[0]))
+        found = hlo.collectives(step.lower(placed, rows).compile().as_text())
+    tensor = mesh.shape["tensor"]
+    assert {len(one.group) for one in found if one.count > 1} == ({tensor} if tensor > 1 else set())
+    sums = [one for one in found if one.kind == "all-reduce" and len(one.group) == 8 // tensor]
+    assert sums and max(one.bytes for one in sums) >= V * D * 4 // tensor
 
 
 def test_one_device_mesh(bigram):
