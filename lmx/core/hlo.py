@@ -22,6 +22,7 @@ BYTES = {
 }  # fmt: skip
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
+_SCATTERING = "all-reduce-scatter"  # what the TPU compiler calls a fusion that sums, and leaves each device a slice
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
@@ -71,6 +72,8 @@ def collectives(text: str) -> list[Collective]:
     def walk(name: str, times: int, counted: bool, seen: set, fused: bool) -> None:
         for i in computations.get(name, ()):
             kind = i.opcode.removesuffix("-start")
+            if kind == "all-reduce" and name.startswith(_SCATTERING):
+                kind = "reduce-scatter"
             if kind in KINDS:
                 one = _collective(i, kind, times, counted, devices)
                 channel = i.attribute("channel_id")
@@ -141,7 +144,7 @@ def _collective(i: _Instruction, kind: str, times: int, counted: bool, devices: 
         size = size * len(group) // (len(group) + 1)
     elif i.opcode == "collective-permute-start":  # (operand, result, contexts)
         size = size // 2
-    elif kind == "reduce-scatter":
+    elif i.opcode == "reduce-scatter":
         size = size * len(group)
     return Collective(kind, times, size, group, counted)
 

@@ -67,9 +67,21 @@ HloModule jit_step, is_scheduled=true, num_partitions=8
   ROOT %scatter.5 = f32[4]{0} reduce-scatter(%p.5), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, to_apply=%add
 }
 
+%all-reduce-scatter.6.clone.1 (p.6: f32[32,8]) -> f32[4,8] {
+  %p.6 = f32[32,8]{1,0:T(8,128)} parameter(0)
+  %sum.6 = f32[32,8]{1,0:T(8,128)} all-reduce(%p.6), channel_id=10, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add.clone
+  %id.6 = u32[] partition-id()
+  %four.6 = u32[] constant(4)
+  %begin.6 = u32[]{:T(128)} multiply(%id.6, %four.6)
+  %zero.6 = u32[] constant(0)
+  ROOT %slice.6 = f32[4,8]{1,0:T(8,128)} dynamic-slice(%sum.6, %begin.6, %zero.6), dynamic_slice_sizes={4,8}
+}
+
 ENTRY %main (a: f32[32], b: bf16[1,16]) -> f32[4] {
   %a = f32[32]{0} parameter(0)
   %b = bf16[1,16]{1,0} parameter(1)
+  %wide = f32[32,8]{1,0:T(8,128)} broadcast(%a), dimensions={0}
+  %part = f32[4,8]{1,0:T(8,128)} fusion(%wide), kind=kCustom, calls=%all-reduce-scatter.6.clone.1
   %start = ((f32[32]{0}), f32[4]{0}, s32[]) async-start(%a), calls=%wrapped
   %scattered = f32[4]{0} async-done(%start), calls=%wrapped
   %gather = (f32[4]{0}, f32[8]{0}) all-gather-start(%scattered), channel_id=1, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
@@ -92,6 +104,7 @@ def one(count: int, counted: bool = True, **about) -> hlo.Collective:
 
 def test_a_program_counted_by_hand():
     assert hlo.collectives(PROGRAM) == [
+        one(1, kind="reduce-scatter", bytes=32 * 8 * 4, group=tuple(range(8))),  # a fusion
         one(1, kind="reduce-scatter", bytes=32 * 4, group=tuple(range(8))),
         one(1, kind="all-gather", bytes=8 * 4, group=(0, 4)),
         one(1, kind="all-reduce", bytes=32 * 4 + 12 * 2, group=(0, 1, 2, 3)),

@@ -87,12 +87,13 @@ def test_flops_are_six_a_parameter_and_attention(trained):
 
 @TPU
 def test_collectives_of_a_tpu_program(trained):
-    """Every loop's length is read. Each matrix of a layer is gathered at least twice and its gradient reduced."""
+    """Every loop's length is read. Each matrix of a layer is gathered at least twice and its gradient scattered."""
     rows = {row["kind"]: row for row in trained["collectives"]}
     assert all(row["counted"] for row in rows.values())
     moved = sum(row["bytes"] for row in rows.values())
     assert moved >= 3 * 4 * L * LAYER // 2  # halves: tensor=2
     assert rows["all-reduce"]["count"] >= 4 * L
+    assert 4 * L * LAYER // 2 <= rows["reduce-scatter"]["bytes"] <= 4 * L * LAYER // 2 + 2 * 4 * V * D // 2
     line = trained["roofline"]
     assert line["interconnect_bytes"] == sum(row["sent"] for row in rows.values())
     links = trained["chip"]["links"]
