@@ -22,6 +22,10 @@ NO_CUDNN = (
     "attention: jax finds no cuDNN on this machine to compile for, so 'reference' was compiled where such GPUs run "
     "'cudnn', which keeps and moves less: the memory is an upper bound, and the times hold for 'reference' alone"
 )
+LOW = (
+    "effort: the compiler did less than it does for a run, which takes less memory as a rule; memory and collectives "
+    "are those of the program that it made"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,8 @@ class PlanOptions:
     """Try meshes and remat policies, compile the most promising ones and rank them."""
     tries: int = 4
     """How many of them to compile."""
+    effort: str = "full"
+    """The compiler's: full, as for a run, or low: done in a third of the time, and mostly with more memory needed."""
 
 
 def run(options: PlanOptions, console: Console | None = None) -> dict[str, Any]:
@@ -77,7 +83,7 @@ def run(options: PlanOptions, console: Console | None = None) -> dict[str, Any]:
         "batch_size": work.batch_size, "length": work.length, "optimizer": work.optimizer,
         "parameters": cost.cost(model, work.length).parameters, "attention": model.config.attention,
         "compute_dtype": model.config.compute_dtype, "memory_is_upper_bound": fell_back,
-        "assumptions": [*roofline.ASSUMPTIONS, *([NO_CUDNN] if fell_back else [])],
+        "effort": options.effort, "assumptions": _assumptions(options, fell_back),
     }  # fmt: skip
     if options.decode:
         return about | {"mode": "decode"} | _decode(work, case, hardware, console)
@@ -100,10 +106,17 @@ def _check(o: PlanOptions) -> None:
     if o.optimizer not in OPTIMIZERS:
         there = ", ".join(OPTIMIZERS)
         raise ConfigError(f"no optimizer {o.optimizer!r}, there are {there}{nearest(o.optimizer, OPTIMIZERS)}")
+    if o.effort not in programs.EFFORTS:
+        hint = nearest(o.effort, programs.EFFORTS)
+        raise ConfigError(f"effort must be full or low, not {o.effort!r}{hint}")
     if o.decode and o.search:
         raise ConfigError("the search is over ways to train; leave out --search or --decode")
     if o.search and (o.mesh is not None or o.remat is not None):
         raise ConfigError("the search chooses mesh and remat itself; leave out --mesh and --remat, or --search")
+
+
+def _assumptions(o: PlanOptions, fell_back: bool) -> list[str]:
+    return [*roofline.ASSUMPTIONS, *([NO_CUDNN] if fell_back else []), *([LOW] if o.effort == "low" else [])]
 
 
 def _work(o: PlanOptions, hardware: Target) -> tuple[Work, Model, bool]:
@@ -122,7 +135,8 @@ def _work(o: PlanOptions, hardware: Target) -> tuple[Work, Model, bool]:
     rows = o.batch_size or len(hardware.devices)
     if rows % o.accumulate:
         raise ConfigError(f"a batch_size of {rows} does not divide into {o.accumulate} microbatches (accumulate)")
-    return Work(programs.source(o.model, given), rows, o.length, None if o.decode else o.optimizer), model, fell_back
+    work = Work(programs.source(o.model, given), rows, o.length, None if o.decode else o.optimizer, o.effort)
+    return work, model, fell_back
 
 
 def _attention(model: Model, hardware: Target, length: int) -> tuple[str, bool]:

@@ -100,6 +100,16 @@ def test_collectives_of_a_tpu_program(trained):
     assert line["interconnect_bytes"] / links <= line["interconnect"] <= 2 * line["interconnect_bytes"] / links
 
 
+@TPU
+def test_with_low_effort_the_compiler_makes_another_program_of_the_same_step(trained):
+    found = planned(mesh="fsdp=2,tensor=2", length=128, batch_size=8, effort="low")
+    low, full = found["memory"], trained["memory"]
+    assert all(low[name] == full[name] for name in ("parameters", "optimizer", "inputs"))
+    assert low["program"] != full["program"] and found["flops"] == trained["flops"]
+    more = set(found["assumptions"]) - set(trained["assumptions"])
+    assert [line.partition(":")[0] for line in more] == ["effort"] and found["effort"] == "low"
+
+
 @pytest.mark.slow
 @TPU
 def test_a_compiler_out_of_memory_is_a_result():
@@ -291,6 +301,7 @@ def test_numbers_of_a_compiler_out_of_memory(message, wanted):
         pytest.param(dict(model="lama-tiny"), FolderError, "did you mean 'llama-tiny'", marks=TPU),
         pytest.param(dict(mesh="fsdp=3"), ConfigError, "describes 3 devices, but there are 4", marks=TPU),
         pytest.param(dict(batch_size=6, accumulate=4), ConfigError, "does not divide into 4", marks=TPU),
+        (dict(effort="lo"), ConfigError, "effort must be full or low, not 'lo'; did you mean 'low'"),
         pytest.param(dict(remat="some"), ConfigError, "remat 'some' is none of", marks=TPU),
         pytest.param(dict(model="gpt2-tiny", length=4096), ConfigError, "exceed the 256 learned", marks=TPU),
     ],

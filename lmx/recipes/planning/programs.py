@@ -28,6 +28,8 @@ from lmx.models.transformer import Model
 from lmx.recipes import models
 from lmx.train import abstract_start, make_train_step, optimizers
 
+# The compiler's options: as for a run, or with less done to make the program fast.
+EFFORTS = {"full": None, "low": {"exec_time_optimization_effort": -1.0}}
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -39,6 +41,7 @@ class Work:
     batch_size: int
     length: int
     optimizer: str | None  # None: decode
+    effort: str = "full"  # of the compiler, a key of EFFORTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +168,7 @@ def compile_train(work: Work, case: Case, target: Target) -> Compiled:
     with sharding.use_mesh(mesh):
         lowered, state = lower_train(work, case, mesh)
         parts = dict(parameters=local_bytes(state.model), optimizer=local_bytes(state.opt_state), cache=0)
-        memory, found = _compile(lowered, parts, target)
+        memory, found = _compile(lowered, parts, target, work.effort)
     return Compiled(case, mesh, state.model, memory, found, time.process_time() - begun)
 
 
@@ -176,19 +179,19 @@ def compile_decode(work: Work, case: Case, target: Target) -> tuple[Compiled, Co
         *programs, model, progress = lower_decode(work, mesh)
         parts = dict(parameters=local_bytes(model), optimizer=0, cache=local_bytes(progress.state))
         for index, lowered in enumerate(programs):
-            memory, found = _compile(lowered, parts, target, cache_is_result=index == 0)
+            memory, found = _compile(lowered, parts, target, work.effort, cache_is_result=index == 0)
             now = time.process_time()
             results.append(Compiled(case, mesh, model, memory, found, now - begun))
             begun = now
     return results[0], results[1]
 
 
-def _compile(lowered: Any, parts: dict[str, int], target: Target, cache_is_result: bool = False):
+def _compile(lowered: Any, parts: dict[str, int], target: Target, effort: str, cache_is_result: bool = False):
     """(memory, collectives or None)."""
     available = target.chip.memory
     given = sum(parts.values()) - (parts["cache"] if cache_is_result else 0)
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=EFFORTS[effort])
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
