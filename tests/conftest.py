@@ -22,13 +22,23 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("lmx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("lmx")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "XDG_CACHE_HOME" not in os.environ:  # commands keep what they compile: for each other, not for the user
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lmx-tests-")
-    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+COMPILED = "LMX_TESTS_COMPILED"  # where this run's processes of pytest keep what they compile, for each other
+# commands keep what they compile too: for each other, not for the user
+for folder in {"XDG_CACHE_HOME", COMPILED} - os.environ.keys():
+    os.environ[folder] = tempfile.mkdtemp(prefix="lmx-tests-")
+    atexit.register(shutil.rmtree, os.environ[folder], ignore_errors=True)
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 MESHES = ("fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2")
+
+
+def pytest_configure():
+    import jax  # after the variables
+
+    jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(params=itertools.product(MESHES, ("explicit", "auto")), ids="-".join)
