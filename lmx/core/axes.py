@@ -58,3 +58,25 @@ def permute(x: jax.Array, order: jax.Array, axis: int) -> jax.Array:
         return jax.vmap(lambda x, order: permute(x, order, axis - 1))(x, order)
     at = (*[slice(None)] * axis, order)
     return x.at[at].get(mode="clip", unique_indices=True, out_sharding=P(*_layout(x)) if _explicit() else None)
+
+
+def rows_apart(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """(b, ...) to (n, b / n, ...): the rows that each of the n devices along these axes of the mesh holds, or would."""
+    n = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    shape = (n, x.shape[0] // n, *x.shape[1:])
+    if not _explicit():
+        return _rows_constrained(x.reshape(shape), axes)
+    behind = _layout(x)[1:]
+    return jnp.reshape(jax.reshard(x, P(axes, *behind)), shape, out_sharding=P(axes, None, *behind))
+
+
+def rows_together(x: jax.Array, axes: tuple[str, ...], like: jax.Array) -> jax.Array:
+    """The inverse of `rows_apart`, in the shape and layout of `like` (b, ...)."""
+    if not _explicit():
+        return _rows_constrained(x.reshape(like.shape), axes)
+    y = jnp.reshape(x, like.shape, out_sharding=P(axes, *_layout(x)[2:]))
+    return jax.reshard(y, jax.typeof(like).sharding.spec)
+
+
+def _rows_constrained(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, P(axes, *[P.UNCONSTRAINED] * (x.ndim - 1)))

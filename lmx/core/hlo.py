@@ -20,9 +20,9 @@ BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
     "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
 }  # fmt: skip
+_SCATTERING = "all-reduce-scatter"  # what the TPU compiler calls a fusion that sums, and leaves each device a slice
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][a-z0-9\-]*)\((.*)$")
-_SCATTERING = "all-reduce-scatter"  # what the TPU compiler calls a fusion that sums, and leaves each device a slice
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
@@ -63,7 +63,8 @@ class _Instruction:
 def collectives(text: str) -> list[Collective]:
     """Every collective that the program runs, from the text of a compiled program (`compiled.as_text()`).
 
-    Pieces that the TPU compiler has cut one collective into are one; both branches of a condition count.
+    Pieces that the TPU compiler has cut one collective into are one, and an all-reduce in one of its fusions that leave
+    each device a slice is a reduce-scatter; both branches of a condition count.
     """
     computations, entry = _parse(text)
     devices = int(found.group(1)) if (found := re.search(r"num_partitions=(\d+)", text)) else 1

@@ -371,11 +371,16 @@ class OutputsFirst(weights.Weight):
         return (*axes[:n], *axes[n + first :], *axes[n : n + first])
 
 
-def outputs_first(spec: ParamSpec, w: Any) -> Any:
-    """A plain float32 matrix of a spec as `OutputsFirst`; all else as it is."""
-    if spec.inputs is None or w.dtype != jnp.float32:
-        return w
-    return OutputsFirst.of(w, spec.inputs, w.ndim - spec.leading - spec.inputs)
+def outputs_first(specs: Any, tree: Any) -> Any:
+    """A tree with its plain float32 matrices, those within weights too, as `OutputsFirst`; all else as it is."""
+    done = lambda x: isinstance(x, OutputsFirst)  # noqa: E731
+
+    def turn(spec: ParamSpec, w: Any) -> Any:
+        if done(w) or spec.inputs is None or w.dtype != jnp.float32:
+            return w
+        return OutputsFirst.of(w, spec.inputs, w.ndim - spec.leading - spec.inputs)
+
+    return jax.tree.map(turn, specs, tree, is_leaf=done)
 
 
 def _total(arrays: list[jax.Array]) -> jax.Array:

@@ -180,7 +180,11 @@ def entries(x: jax.Array) -> list[tuple[str, ...]]:
     """The mesh axes that split each dimension of x, on an Explicit mesh."""
     spec = jax.typeof(x).sharding.spec
     full = [*spec, *[None] * (x.ndim - len(spec))]
-    return [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in full]
+    return list(map(_names, full))
+
+
+def _names(entry: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def platform() -> str:
@@ -202,7 +206,14 @@ def row_axes(x: jax.Array) -> tuple[str, ...]:
     if mesh_kind() is not AxisType.Auto:
         return ()
     (entry,) = partition_spec(("batch",), x.shape[:1], jax.sharding.get_abstract_mesh())
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    return _names(entry)
+
+
+@contextlib.contextmanager
+def rows_whole() -> Iterator[None]:
+    """Rules in force by which nothing splits rows: for a program that sees the rows of one shard (under `vmap`)."""
+    with _rules(dataclasses.replace(current_rules(), batch=())):
+        yield
 
 
 def out_sharding(shape: Sequence[int], *axes: str | None) -> P | None:

@@ -181,12 +181,12 @@ def multiply(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return _low_precision(subscripts, out_spec, x, w)
 
 
-def few_rows(rows: int, least: int = 1) -> bool:
-    """Whether these are few rows, from `least` to 32, on a CPU and no mesh: decoding there is all reading of weights
-    and starting of products, so that fewer and larger products pay (`lmx.nn.attention.join`)."""
+def few_rows(rows: int) -> bool:
+    """Whether these are 1 to 32 rows on a CPU and no mesh, where a step's time goes into reading weights and starting
+    products."""
     if sharding.mesh_kind() is not None or sharding.platform() != "cpu":
         return False
-    return isinstance(rows, int) and least <= rows <= 32
+    return isinstance(rows, int) and 1 <= rows <= 32
 
 
 def weights_first(rows: int) -> bool:
@@ -194,7 +194,7 @@ def weights_first(rows: int) -> bool:
     `lmx.core.kinds` has them. XLA's backend for CPUs spends more time on rearranging a matrix for a product of more
     than one row than on the product, unless that is written with the weight first; with many rows that does not count,
     and with two both take equally long."""
-    return few_rows(rows, least=3)
+    return few_rows(rows) and rows > 2
 
 
 def _weight_first(left: str, right: str, out: str) -> str | None:

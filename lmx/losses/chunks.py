@@ -7,16 +7,15 @@ pass only scales what the forward pass left: the head is multiplied three times 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 from lmx.core import sharding
+from lmx.core.axes import rows_apart, rows_together
 from lmx.models.protocol import split_chunks
 
 # terms(logits (b, chunk, v), fixed, piece of given) -> (sums, gradient of the first with respect to the logits)
@@ -33,11 +32,11 @@ def default(b: int, t: int, v: int) -> int:
     return min(t, max(16, logits * devices // (b * v)))
 
 
-def gathered(readout: Any, targets: jax.Array) -> Any:
-    """The readout, whole along the mesh axes that split the batch, so that no chunk gathers it anew."""
+def gathered(readout: Any, features: Any) -> Any:
+    """The readout, whole along the mesh axes that split positions of the features, so that no chunk gathers it anew."""
     if sharding.mesh_kind() is not AxisType.Explicit:
         return readout
-    busy = {axis for entry in sharding.entries(targets) for axis in entry}
+    busy = {axis for entry in sharding.entries(_first(features))[:2] for axis in entry}
 
     def gather(leaf: jax.Array) -> jax.Array:
         kept = [tuple(axis for axis in entry if axis not in busy) or None for entry in sharding.entries(leaf)]
@@ -50,16 +49,19 @@ def gathered(readout: Any, targets: jax.Array) -> Any:
 def summed(terms: Terms, chunk: int, readout: Any, features: Any, fixed: Any, given: Any) -> tuple[jax.Array, ...]:
     """The sums that `terms` gives of every chunk, added up.
 
-    The first can be differentiated, with respect to the readout and the features (leaves (b, t, ...)); `fixed`, which
-    every chunk reads whole, and `given`, leaves (b, t, ...) cut as the features are, have no gradient. Behind the last
-    position the pieces hold zeros.
+    The first can be differentiated, with respect to the readout (`gathered`) and the features (leaves (b, t, ...));
+    `fixed`, which every chunk reads whole, and `given`, leaves (b, t, ...) cut as the features are, have no gradient.
+    Behind the last position the pieces hold zeros.
     """
 
     def step(_, piece):
         f, rest = piece
         return None, terms(readout.logits(f), fixed, rest)[0]
 
-    return _added(jax.lax.scan(step, None, _pieces(chunk, features, given))[1])
+    def of_rows(features, given):
+        return _added(jax.lax.scan(step, None, _pieces(chunk, features, given))[1]), None
+
+    return _by_shard(of_rows, features, given)[0]
 
 
 def _forward(terms, chunk, readout, features, fixed, given):
@@ -73,37 +75,33 @@ def _forward(terms, chunk, readout, features, fixed, given):
     def of_rows(features, given):
         start = jax.tree.map(lambda x: sharding.zeros_like(x, jnp.float32), _inexact(readout))
         d_readout, (sums, d_features) = jax.lax.scan(step, start, _pieces(chunk, features, given))
-        return d_readout, _added(sums), jax.tree.map(_join, d_features, _inexact(features))
+        return (d_readout, _added(sums)), jax.tree.map(_join, d_features, _inexact(features))
 
-    d_readout, sums, d_features = _by_shard(of_rows, features, given)
+    (d_readout, sums), d_features = _by_shard(of_rows, features, given)
     return sums, (readout, d_readout, d_features)
 
 
-def _by_shard(of_rows: Callable, features: Any, given: Any) -> tuple[Any, Any, Any]:
-    """What `of_rows` gives of leaves (b, ...): two trees of sums over rows, and one of leaves (b, ...).
+def _by_shard(of_rows: Callable, features: Any, given: Any) -> tuple[Any, Any]:
+    """`of_rows(features, given)` of leaves (b, ...): (a tree of sums over rows, a tree like the features or None).
 
-    Where a mesh splits rows, each shard has sums of its own, and these are added up at the end: of one sum for all, a
-    loop would add up the devices' shares every time round.
+    Where a mesh splits the features' rows, each shard has sums of its own, and these are added up at the end. Of one
+    sum for all rows, the devices' shares would be added up in every round of a loop, where the compiler does not move
+    that out by itself (TPU's does).
     """
-    axes, auto = sharding.row_axes(jax.tree.leaves(given)[0]), sharding.mesh_kind() is AxisType.Auto
+    axes = sharding.row_axes(_first(features))
     if not axes:
         return of_rows(features, given)
-    n = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    parts = jax.tree.map(lambda x: rows_apart(x, axes), (features, given))
+    with sharding.rows_whole():
+        auto = sharding.mesh_kind() is AxisType.Auto
+        sums, rows = jax.vmap(of_rows, spmd_axis_name=axes if auto else None)(*parts)
+    if rows is not None:
+        rows = jax.tree.map(lambda x, like: rows_together(x, axes, like), rows, _inexact(features))
+    return jax.tree.map(lambda x: x.sum(0), sums), rows
 
-    def lay(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """x in another shape, its first axis split as the rows are."""
-        if auto:
-            free = [P.UNCONSTRAINED] * (len(shape) - 1)
-            return jax.lax.with_sharding_constraint(x.reshape(shape), P(axes, *free))
-        split = [entry or None for entry in sharding.entries(x)]
-        behind = split[2:] if len(shape) < x.ndim else [None, *split[1:]]
-        return jax.lax.reshape(x, shape, out_sharding=P(axes, *behind))
 
-    apart = lambda x: lay(x, (n, x.shape[0] // n, *x.shape[1:]))  # noqa: E731
-    each = jax.vmap(of_rows, spmd_axis_name=axes if auto else None)
-    d_readout, sums, d_features = each(*jax.tree.map(apart, (features, given)))
-    d_readout, sums = jax.tree.map(lambda x: x.sum(0), (d_readout, sums))
-    return d_readout, sums, jax.tree.map(lambda x: lay(x, (x.shape[0] * x.shape[1], *x.shape[2:])), d_features)
+def _first(features: Any) -> jax.Array:
+    return jax.tree.leaves(features)[0]
 
 
 def _backward(terms, chunk, saved, cotangent):

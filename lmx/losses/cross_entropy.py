@@ -65,7 +65,7 @@ def cross_entropy(
     targets, weights = targets_of(batch)
     features = features_of(model, batch)
     chunk = chunks.default(*targets.shape, model.vocab_size) if chunk is None else chunk
-    terms, readout = functools.partial(_terms, z_loss), chunks.gathered(model.readout(), targets)
+    terms, readout = functools.partial(_terms, z_loss), chunks.gathered(model.readout(), features)
     total, nll, square, correct = chunks.summed(terms, chunk, readout, features, None, (targets, weights))
     weight = weights.sum()
     metrics = {"loss": (nll, weight), "accuracy": (correct, weight)}

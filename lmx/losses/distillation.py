@@ -82,7 +82,7 @@ def distillation(
         b, t = targets.shape
         chunk = chunks.default(b, t, 2 * student.vocab_size)
     features, seen = features_of(student, batch), features_of(teacher, batch)
-    readout, fixed = (chunks.gathered(m.readout(), targets) for m in (student, teacher))
+    readout, fixed = chunks.gathered(student.readout(), features), chunks.gathered(teacher.readout(), features)
     total, apart, nll, agreed = chunks.summed(terms, chunk, readout, features, fixed, (seen, targets, weights))
     weight = weights.sum()
     metrics = {"loss": (total, weight), "jsd" if divergence == "jsd" else "kl": (apart, weight)}

@@ -105,6 +105,9 @@ def tower_specs(c: Config, template: Tower, tower: Tower) -> Tower:
         like = abstract_block(c, block.kind, cross=block.cross is not None, first=bare)
         if block.attention.latent is not None:
             like = like.replace(attention=latents.share(like.attention, block.attention.latent.shape[-1]))
+        if block.attention.joined is not None:
+            query = like.attention.query  # whose axes it has, and more heads
+            like = like.replace(attention=like.attention.replace(query=None, key=None, value=None, joined=query))
         return weights.specs_like(specs.stack(like, 1), block)
 
     layers = Layers(tuple(tuple(map(one, period)) for period in tower.layers.stacks), tower.layers.sizes)

@@ -309,22 +309,22 @@ class Model:
         p = self.params
         if not weights.few_rows(rows) or p.decoder is None or self.config.activation_dtype != "float32":
             return self
-        turns = weights.weights_first(rows)
-        turn = lambda specs, tree: jax.tree.map(kinds.outputs_first, specs, tree) if turns else tree  # noqa: E731
+        is_block = lambda x: isinstance(x, Block)  # noqa: E731
+        each = lambda function, *layers: jax.tree.map(function, *layers, is_leaf=is_block)  # noqa: E731
+        join = lambda block: block.replace(attention=attend.join(block.attention))  # noqa: E731
+        joined = p.replace(decoder=p.decoder.replace(layers=each(join, p.decoder.layers)))
+        if not weights.weights_first(rows):
+            return self.replace(params=joined)
+        turn = kinds.outputs_first
 
-        def arrange(own: Block, block: Block) -> Block:
-            joined = attend.join(block.attention)
-            if joined.joined is not None:  # its axes are those of the query
-                own_joined = own.attention.replace(query=None, key=None, value=None, joined=own.attention.query)
-                own, block = own.replace(attention=own_joined), block.replace(attention=joined)
+        def turn_block(own: Block, block: Block) -> Block:
             made = turn(own, block)
             if block.attention.latent is not None:
                 made = made.replace(attention=_with_keys_of(made.attention, block.attention))
             return made if block.cross is None else made.replace(cross=_with_keys_of(made.cross, block.cross))
 
-        own = self.specs().params
-        is_block = lambda x: isinstance(x, Block)  # noqa: E731
-        layers = jax.tree.map(arrange, own.decoder.layers, p.decoder.layers, is_leaf=is_block)
+        own, p = self.replace(params=joined).specs().params, joined
+        layers = each(turn_block, own.decoder.layers, p.decoder.layers)
         return self.replace(params=p.replace(decoder=p.decoder.replace(layers=layers), head=turn(own.head, p.head)))
 
     def rewind(self, state: DecodeState, lengths: jax.Array) -> DecodeState:

@@ -79,7 +79,9 @@ def join(params: Attention) -> Attention:
     """The same layer with query, key and value as one matrix, multiplied once and not three times, where they are
     plain arrays of one dtype that read the same x; else as it is."""
     parts = (params.query, params.key, params.value)
-    if params.latent is not None or any(map(weights.is_weight, parts)) or len({w.dtype for w in parts}) > 1:
+    if params.joined is not None or params.latent is not None:
+        return params
+    if any(map(weights.is_weight, parts)) or len({w.dtype for w in parts}) > 1:
         return params
     return params.replace(query=None, key=None, value=None, joined=jnp.concatenate(parts, axis=-2))
 
@@ -91,7 +93,7 @@ def project(
     (b, t, k, c)."""
     if params.joined is None:
         return project_query(params, x, angles, normalise), *project_key_value(params, x, angles, normalise)
-    y = weights.einsum("btd,dhc->bthc", x, params.joined)
+    y = _heads(x, params.joined)
     h = params.out.shape[-3]
     q, k, v = jnp.split(y, (h, (h + y.shape[2]) // 2), axis=2)
     q = _finish(q, params.query_bias, params.query_norm, angles, normalise)
@@ -102,8 +104,7 @@ def project(
 def project_query(params: Attention, x: jax.Array, angles: Angles = None, normalise: Normalise = None) -> jax.Array:
     """Queries (b, t, h, c) of x (b, t, d): normalised where the layer has a norm for them, rotated unless angles is
     None."""
-    q = weights.einsum("btd,dhc->bthc", x, params.query)
-    return _finish(q, params.query_bias, params.query_norm, angles, normalise)
+    return _finish(_heads(x, params.query), params.query_bias, params.query_norm, angles, normalise)
 
 
 def project_key_value(
@@ -122,20 +123,24 @@ def project_latent(params: Attention, x: jax.Array) -> jax.Array:
 
 def project_key(params: Attention, x: jax.Array, angles: Angles = None, normalise: Normalise = None) -> jax.Array:
     """Keys (b, s, k, c) of what the layer makes them from: x (b, s, d), or latents (b, s, r)."""
-    k = weights.einsum("btd,dhc->bthc", x, params.key)
-    return _finish(k, params.key_bias, params.key_norm, angles, normalise)
+    return _finish(_heads(x, params.key), params.key_bias, params.key_norm, angles, normalise)
 
 
 def project_value(params: Attention, x: jax.Array) -> jax.Array:
     """Values (b, s, k, c) of x (b, s, d), or of latents (b, s, r)."""
-    return _finish(weights.einsum("btd,dhc->bthc", x, params.value), params.value_bias)
+    return _finish(_heads(x, params.value), params.value_bias)
+
+
+def _heads(x: jax.Array, weight: Any) -> jax.Array:
+    """x (b, t, d) times a weight (d, h, c): (b, t, h, c)."""
+    return weights.einsum("btd,dhc->bthc", x, weight)
 
 
 def _finish(
     y: jax.Array, bias: Any, by: norm.Norm | None = None, angles: Angles = None, normalise: Normalise = None
 ) -> jax.Array:
     """A product (b, t, h, c) with its bias, normalised and rotated, where there is that."""
-    y = y if bias is None else y + bias.astype(y.dtype)
+    y = mlp.add_bias(y, bias)
     y = y if by is None else normalise(by, y)
     return y if angles is None else position.rotate(y, angles)
 

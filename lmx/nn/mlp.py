@@ -62,5 +62,9 @@ def mlp(params: MLP, x: jax.Array, activation: str) -> jax.Array:
 
 def linear(subscripts: str, x: jax.Array, weight: Any, bias: Any) -> jax.Array:
     """x times a weight of any kind, plus a bias unless None, in x's dtype."""
-    y = weights.einsum(subscripts, x, weight)
+    return add_bias(weights.einsum(subscripts, x, weight), bias)
+
+
+def add_bias(y: jax.Array, bias: Any) -> jax.Array:
+    """y plus a bias unless None, in y's dtype."""
     return y if bias is None else y + bias.astype(y.dtype)

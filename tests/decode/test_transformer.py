@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lmx import reparam
-from lmx.core import specs
+from lmx.core import specs, tree
 from lmx.core.errors import ConfigError
 from lmx.core.kinds import OutputsFirst
 from lmx.core.sharding import use_mesh
@@ -98,10 +98,23 @@ def test_few_rows_are_multiplied_by_query_key_and_value_at_once(model):
         blocks = [block for (block,) in arranged.params.decoder.layers.stacks]
         assert [block.attention.joined is not None for block in blocks] == [joins] * len(blocks)
         np.testing.assert_allclose(arranged.logits(prompts()), model.logits(prompts()), atol=2e-5)
+        shapes = jax.tree.map(lambda spec, x: spec.shape == x.shape, arranged.specs().params, arranged.params)
+        assert all(jax.tree.leaves(shapes))
+        assert jax.tree.structure(for_steps(arranged, rows)) == jax.tree.structure(arranged)
+    mixed = model.replace(params=tree.map(lambda x: x.astype(jnp.bfloat16), model.params, "attention/value$"))
+    assert all(block.attention.joined is None for (block,) in for_steps(mixed, 1).params.decoder.layers.stacks)
     lora = reparam.attach(model, "attention/key", rank=2, key=KEY)
     assert all(block.attention.joined is None for (block,) in for_steps(lora, 1).params.decoder.layers.stacks)
     with use_mesh("fsdp=8"):
         assert jax.tree.structure(for_steps(model, 1)) == jax.tree.structure(unstack(model))
+
+
+@pytest.mark.parametrize("qk_norm", ["head", "full"])
+def test_what_is_multiplied_at_once_is_normalised_apart(qk_norm):
+    model = init(preset("llama-tiny", **TINY, qk_norm=qk_norm), jax.random.key(1))
+    arranged = for_steps(model, 1)
+    assert arranged.params.decoder.layers.stacks[0][0].attention.joined is not None
+    np.testing.assert_allclose(arranged.logits(prompts()), model.logits(prompts()), atol=2e-5)
 
 
 def test_what_multiplies_a_memory_is_left_as_it_is():

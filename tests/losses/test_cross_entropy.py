@@ -206,6 +206,27 @@ def test_the_heads_gradient_is_summed_over_devices_behind_the_last_chunk(bigram,
     assert sums and max(one.bytes for one in sums) >= V * D * 4 // tensor
 
 
+@pytest.mark.parametrize(("text", "kind"), MESHES)
+def test_a_readout_that_places_what_it_gives(text, kind):
+    """Of several rows a shard: there the rules' axes of the batch are taken."""
+    model, batch = Unigram(jnp.asarray(np.random.default_rng(0).normal(size=V), jnp.float32)), make_batch(b=32)
+    wanted = differentiate(model, batch, 0.01, 5)
+    with sharding.use_mesh(text, explicit=kind == "explicit") as mesh:
+        put = lambda x, *axes: jax.device_put(x, sharding.named_sharding(axes, x.shape, mesh))  # noqa: E731
+        rows = {name: put(x, "batch", "sequence") for name, x in batch.items()}
+        placed = jax.tree.map(lambda x: put(x, None), model)
+        got = jax.device_get(jax.jit(differentiate, static_argnums=(2, 3))(placed, rows, 0.01, 5))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **CLOSE), got, jax.device_get(wanted))
+
+
+@pytest.mark.parametrize("kind", ["explicit", "auto"])
+def test_features_split_where_targets_are_not(bigram, kind):
+    model, batch = bigram(V, D, False), make_batch()
+    with sharding.use_mesh("data=2,fsdp=4", explicit=kind == "explicit") as mesh:
+        head = jax.device_put(model.head, sharding.named_sharding(("embed", "vocab"), model.head.shape, mesh))
+        check(model, batch, differentiate(model.replace(head=head), batch, 0.01, 5), 0.01, **CLOSE)
+
+
 def test_one_device_mesh(bigram):
     model, batch = bigram(V, D, False), make_batch()
     with sharding.use_mesh(sharding.make_mesh("", devices=jax.devices()[:1])):
@@ -304,10 +325,12 @@ class Table:
         return self.table[(features + self.shift) % self.vocab_size]
 
 
-def test_features_and_heads_with_integers():
+@pytest.mark.parametrize("mesh", [None, "fsdp=8"])
+def test_features_and_heads_with_integers(mesh):
     """N-gram models are language models too: what is an integer has no gradient, and the rest has the right one."""
     batch, table = make_batch(), np.random.default_rng(0).normal(size=(V, V))
-    (total, _), grads = differentiate(Table(jnp.asarray(table, jnp.float32), jnp.int32(1)), batch, 0.0, 5)
+    with sharding.use_mesh(mesh, explicit=False):  # on an Explicit one its lookup would have to say its layout
+        (total, _), grads = differentiate(Table(jnp.asarray(table, jnp.float32), jnp.int32(1)), batch, 0.0, 5)
     w, rows = batch["weights"].astype(np.float64), (batch["tokens"] + 1) % V
     p = np.exp(table) / np.exp(table).sum(-1, keepdims=True)
     np.testing.assert_allclose(total, -(w * np.log(p[rows, batch["targets"]])).sum(), rtol=1e-5)

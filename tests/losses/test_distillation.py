@@ -374,6 +374,15 @@ def test_sharded_equals_float64(pair, text, kind):
             assert got[1].student.rows.sharding.is_equivalent_to(student.rows.sharding, 2)
 
 
+def test_features_split_where_targets_are_not(pair):
+    batch, options = make_batch(), dict(divergence="jsd", alpha=0.5)
+    with sharding.use_mesh("data=2,fsdp=4") as mesh:
+        head = pair.student.head
+        head = jax.device_put(head, sharding.named_sharding(("embed", "vocab"), head.shape, mesh))
+        placed = Distillation(pair.student.replace(head=head), pair.teacher)
+        check(pair, batch, differentiate(placed, batch, chunk=5, **options), **options)
+
+
 # Bad input
 
 
