@@ -175,7 +175,7 @@ def multiply(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
     else:
         out_spec = None
     if x.dtype == jnp.float32:
-        if rows == 1 and weights_first(x.shape[0]) and (turned := _weight_first(left, right, out)):
+        if rows == 1 and weights_first(x.shape[0]) and (turned := _turned(left, right, out)):
             return jnp.moveaxis(jax.lax.optimization_barrier(jnp.einsum(turned, w, x)), -1, 0)
         return jnp.einsum(subscripts, x, w, out_sharding=out_spec)
     return _low_precision(subscripts, out_spec, x, w)
@@ -197,7 +197,7 @@ def weights_first(rows: int) -> bool:
     return few_rows(rows) and rows > 2
 
 
-def _weight_first(left: str, right: str, out: str) -> str | None:
+def _turned(left: str, right: str, out: str) -> str | None:
     """The product with the weight as the first operand and x's rows last, where its outputs come before its inputs. XLA
     would turn that round again: it must not see that the result is transposed."""
     outputs, inputs = out[1:], left[1:]

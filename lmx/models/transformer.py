@@ -312,10 +312,10 @@ class Model:
         is_block = lambda x: isinstance(x, Block)  # noqa: E731
         each = lambda function, *layers: jax.tree.map(function, *layers, is_leaf=is_block)  # noqa: E731
         join = lambda block: block.replace(attention=attend.join(block.attention))  # noqa: E731
-        joined = p.replace(decoder=p.decoder.replace(layers=each(join, p.decoder.layers)))
+        p = p.replace(decoder=p.decoder.replace(layers=each(join, p.decoder.layers)))
         if not weights.weights_first(rows):
-            return self.replace(params=joined)
-        turn = kinds.outputs_first
+            return self.replace(params=p)
+        own, turn = self.replace(params=p).specs().params, kinds.outputs_first
 
         def turn_block(own: Block, block: Block) -> Block:
             made = turn(own, block)
@@ -323,7 +323,6 @@ class Model:
                 made = made.replace(attention=_with_keys_of(made.attention, block.attention))
             return made if block.cross is None else made.replace(cross=_with_keys_of(made.cross, block.cross))
 
-        own, p = self.replace(params=joined).specs().params, joined
         layers = each(turn_block, own.decoder.layers, p.decoder.layers)
         return self.replace(params=p.replace(decoder=p.decoder.replace(layers=layers), head=turn(own.head, p.head)))
 
