@@ -116,6 +116,22 @@ class Begun:
             self._came.notify_all()
 
 
+def _quickly(devices: int | None = None) -> dict[str, str]:
+    kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "xla_force_host_platform_device_count" not in flag]
+    flags = kept + [f"--xla_force_host_platform_device_count={devices}"] * (devices is not None)
+    return {
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "JAX_COMPILATION_CACHE_DIR": os.environ[COMPILED],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def quickly():
+    """`quickly(devices=None) -> variables` of a process that compiles as this one does: the same flags, what others
+    have compiled. It has as many simulated devices, or those that are there."""
+    return _quickly
+
+
 JOIN = """
 import sys, jax
 coordinator, count, index, *arguments = sys.argv[1:]
@@ -162,9 +178,8 @@ def loopback(tmp_path):
         script = tmp_path / "process.py"
         script.write_text(JOIN + source)
         words = [_free_address(), count]
-        flags = f"--xla_force_host_platform_device_count={devices}"
         return join([
-            start_process([sys.executable, script, *words, index, *arguments], XLA_FLAGS=flags)
+            start_process([sys.executable, script, *words, index, *arguments], **_quickly(devices))
             for index in range(count)
         ], timeout)  # fmt: skip
 
@@ -186,10 +201,9 @@ def _free_address() -> str:
             return f"localhost:{port}"
 
 
-def start_process(words: list, **environment: str) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+def start_process(words: list, **variables: str) -> subprocess.Popen:
     pipe = subprocess.PIPE
-    return subprocess.Popen(list(map(str, words)), env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(list(map(str, words)), env=os.environ | variables, stdout=pipe, stderr=pipe, text=True)
 
 
 def join(processes: list[subprocess.Popen], timeout: float) -> list[str]:

@@ -64,7 +64,7 @@ def benchmark(options: Namespace) -> dict[str, Any]:
 
 def point(shape: dict[str, int], quick: bool) -> dict[str, Any]:
     """{"seconds" a step (median), "tokens_per_second", "flops" a step, "peak_bytes"}, measured in a new process."""
-    flags = f"--xla_force_host_platform_device_count={shape['devices']}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={shape['devices']}"
     environment = os.environ | turns.process_of_lmx() | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     words = [sys.executable, os.path.abspath(__file__), "--point", json.dumps(shape | {"rounds": 3 if quick else 7})]
     done = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, text=True)

@@ -30,15 +30,11 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def begin(begun, hurts, place):
+def begin(begun, hurts, quickly, place):
     """begin(words, devices, *points): `lmx words` in a process with so many simulated devices, hurt at these points."""
 
     def start(words: str, devices: int = 2, *points: dict):
-        environment = os.environ | hurts(*points) | {
-            "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(place / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }  # fmt: skip
+        environment = os.environ | quickly(devices) | hurts(*points) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         return begun([sys.executable, "-m", "lmx", *words.split()], cwd=place, env=environment)
 
     return start
