@@ -116,6 +116,19 @@ def shardings(specs: Any) -> Any:
     return jax.tree.map(lambda spec: sharding.named_sharding(spec.axes, spec.shape, mesh), specs)
 
 
+def place(tree: Any) -> Any:
+    """A tree that states its specs, laid out by them on the mesh in force, if there is one; numpy's arrays as jax's."""
+    is_held = lambda x: isinstance(x, np.ndarray)  # noqa: E731
+    if sharding.concrete_mesh() is None:
+        return jax.tree.map(lambda x: jax.device_put(x) if is_held(x) else x, tree)
+
+    def put(x: Any, where: jax.sharding.NamedSharding) -> jax.Array:
+        # each process has all of numpy's array, and gives its own devices their parts
+        return jax.make_array_from_callback(x.shape, where, x.__getitem__) if is_held(x) else jax.device_put(x, where)
+
+    return jax.tree.map(put, tree, shardings(of(tree)))
+
+
 def count(tree: Any) -> int:
     """How many numbers the arrays (or specs) of a tree hold."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -10,14 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lmx.core import sharding, specs, weights
+from lmx.core import specs, weights
 from lmx.core.errors import ConfigError
 from lmx.core.kinds import LoRA
 from lmx.core.tree import Layers, Path, paths
-from lmx.models import transformer
 from lmx.models.transformer import Model
 
 Key = tuple[str, int | None]  # a leaf, as `lmx.core.tree.paths` spells it, and its layer
@@ -30,19 +28,7 @@ def attach(model: Model, updates: Mapping[Key, Update], max_stacks: int) -> Mode
     Raises ConfigError if that needs more than `max_stacks` stacks in one tower.
     """
     params = _attached(_cut(model.params, updates, max_stacks), updates)
-    return placed(Model(model.config, params))
-
-
-def placed(model: Model) -> Model:
-    """The model with its arrays of numpy as those of jax, laid out on the mesh in force as their specs say."""
-    mesh = sharding.concrete_mesh()
-    if mesh is None:
-        params = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, model.params)
-        return Model(model.config, params)
-    places = specs.shardings(transformer.model_specs(model))
-    put = lambda x, place: jax.make_array_from_callback(x.shape, place, lambda at: x[at])  # noqa: E731
-    params = jax.tree.map(lambda x, place: put(x, place) if isinstance(x, np.ndarray) else x, model.params, places)
-    return Model(model.config, params)
+    return specs.place(Model(model.config, params))
 
 
 def held(model: Model) -> dict[Key, tuple[LoRA, int | None]]:

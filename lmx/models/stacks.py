@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lmx.core import weights
 from lmx.core.errors import ConfigError
@@ -72,7 +73,7 @@ class EachLayer:
 
     def __getitem__(self, layer: int) -> Any:
         block, i = self._places[layer]
-        return jax.tree.map(lambda leaf: leaf[i], block)
+        return _taken(block, i)
 
     def __iter__(self) -> Iterator[Any]:
         return (self[layer] for layer in range(len(self)))
@@ -99,7 +100,38 @@ def stack_layers(layers: Sequence[Any], period: int = 1, max_stacks: int = 8) ->
             f"{len(layers)} layers would need {len(runs)} stacks, more than max_stacks={max_stacks}; choose ranks from "
             "a coarser grid, pass period= where kinds alternate, or raise max_stacks"
         )
-    return Layers.of([jax.tree.map(lambda *leaves: jnp.stack(leaves), *run) for run in runs])
+    return Layers.of([stacked(run) for run in runs])
+
+
+def stacked(run: Sequence[Any]) -> Any:
+    """Trees of one structure as one tree with an axis more in front; arrays of numpy stay arrays of numpy."""
+    columns = list(zip(*map(jax.tree.leaves, run), strict=True))
+    held = [all(isinstance(x, np.ndarray) for x in leaves) for leaves in columns]
+    others = iter(_stack([leaves for leaves, is_held in zip(columns, held, strict=True) if not is_held]))
+    made = [np.stack(leaves) if is_held else next(others) for leaves, is_held in zip(columns, held, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(run[0]), made)
+
+
+def _taken(block: Any, i: int) -> Any:
+    """The parameters of layer i of a stacked block."""
+    leaves, structure = jax.tree.flatten(block)
+    computed = [isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in leaves]
+    there = iter(_take([x for x, on_device in zip(leaves, computed, strict=True) if on_device], i))
+    made = [next(there) if on_device else x[i] for x, on_device in zip(leaves, computed, strict=True)]
+    return jax.tree.unflatten(structure, made)
+
+
+# One program for all arrays of a layer: one for each array and shape would take most of the time of surgery.
+
+
+@jax.jit
+def _stack(columns: list[tuple[jax.Array, ...]]) -> list[jax.Array]:
+    return [jnp.stack(leaves) for leaves in columns]
+
+
+@jax.jit
+def _take(leaves: list[jax.Array], i: int) -> list[jax.Array]:
+    return [jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in leaves]
 
 
 def _each(tree: Any, change: Callable[[Layers], Layers]) -> Any:
@@ -113,7 +145,7 @@ def unstack(tree: Any) -> Any:
     def apart(layers: Layers) -> Layers:
         if len(layers.stacks) == layers.num_layers:
             return layers
-        return Layers.of([(jax.tree.map(lambda leaf: leaf[None], layer),) for layer in layer_list(layers)])
+        return Layers.of([(stacked([layer]),) for layer in EachLayer(layers)])
 
     return _each(tree, apart)
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lmx.core import tree, weights
@@ -27,7 +26,7 @@ from lmx.models.transformer import Model
 from lmx.reparam import allocate as ranks_of
 from lmx.reparam import behind, grams, prices
 from lmx.reparam.decompose import Decomposition, check_form, check_rank, decompose, largest_rank, stored
-from lmx.reparam.forms import pivot
+from lmx.reparam.forms import pivoted
 from lmx.reparam.grams import LINEARS, Moments, Site
 from lmx.reparam.layers import finished, towers
 
@@ -89,7 +88,7 @@ def factorize_weight(
             raise ConfigError(f"{budget:g} numbers are too few for a matrix {sides}: rank 1 takes {least}")
     check_rank(rank, sides)
     found = decompose(np.asarray(weight, np.float64).reshape(sides), input_gram, output_gram, report=report)
-    return _formed(*found.truncate(rank), weight, inputs, form)
+    return jax.device_put(_formed(*found.truncate(rank), weight, inputs, form))
 
 
 def factorize(
@@ -294,19 +293,21 @@ class _Matrices:
 
     def __getitem__(self, path: str) -> np.ndarray:
         w, of_layer = self.weights[path]
-        return np.asarray(weights.dense(w)[0] if of_layer else weights.dense(w), np.float64)
+        one = np.asarray(weights.dense(w), np.float64)
+        return one[0] if of_layer else one
 
 
 def _formed(a: np.ndarray, b: np.ndarray, like: Any, inputs: int, form: str) -> Any:
-    """Factors (m, r) and (r, n) as a weight in the place of an array (inputs..., outputs...), in its dtype."""
+    """Factors (m, r) and (r, n) as a weight in the place of an array (inputs..., outputs...), in its dtype; of numpy,
+    for each operation on a device would be compiled for each shape."""
     shape, rank = like.shape, a.shape[1]
     if form == "dense" or form == "pivoted" and rank >= a.shape[0]:
-        return jnp.asarray((a @ b).reshape(shape), like.dtype)
+        return (a @ b).reshape(shape).astype(like.dtype)
     left, right = a.reshape(*shape[:inputs], rank), b.reshape(rank, *shape[inputs:])
     if form == "pivoted":
-        made = pivot(LowRank(left.astype(np.float32), right.astype(np.float32), inputs))
-        return jax.tree.map(lambda x: x.astype(like.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, made)
-    return LowRank(jnp.asarray(left, like.dtype), jnp.asarray(right, like.dtype), inputs)
+        made = pivoted(LowRank(left.astype(np.float32), right.astype(np.float32), inputs))
+        return jax.tree.map(lambda x: x.astype(like.dtype) if np.issubdtype(x.dtype, np.floating) else x, made)
+    return LowRank(left.astype(like.dtype), right.astype(like.dtype), inputs)
 
 
 def _runs(model: Model, parts: Parts, price: ranks_of.Price, grid: int | None) -> tuple[list, list]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from lmx.core import sharding, specs, tree, weights
+from lmx.core import specs, tree, weights
 from lmx.core.errors import ConfigError
 from lmx.core.kinds import LoRA, LowRank, Pivoted, Quantized
 
@@ -31,6 +31,11 @@ def pivot(w: LowRank) -> Pivoted:
 
     Raises ConfigError for another kind of weight, r >= m, or numbers that are not finite.
     """
+    return jax.device_put(pivoted(w))
+
+
+def pivoted(w: LowRank) -> Pivoted:
+    """As `pivot`, in arrays of numpy."""
     if not isinstance(w, LowRank):
         raise ConfigError(f"pivot takes a LowRank weight, not a {type(w).__name__}; factorize it first")
     a, b = _float64(weights.dense(w.a), "a LowRank weight"), _float64(weights.dense(w.b), "a LowRank weight")
@@ -45,9 +50,9 @@ def pivot(w: LowRank) -> Pivoted:
     parts = [_pivot(*factors) for factors in zip(a.reshape(-1, m, r), b.reshape(-1, r, outs), strict=True)]
     rest, pivots, order = (np.stack(each) for each in zip(*parts, strict=True))
     return Pivoted(
-        rest=jnp.asarray(rest.reshape(*copies, m - r, r), w.a.dtype),
-        b=jnp.asarray(pivots.reshape(b.shape), w.b.dtype),
-        order=jnp.asarray(order.reshape(*copies, m), jnp.int32),
+        rest=rest.reshape(*copies, m - r, r).astype(w.a.dtype),
+        b=pivots.reshape(b.shape).astype(w.b.dtype),
+        order=order.reshape(*copies, m).astype(np.int32),
         inputs=inputs,
     )
 
@@ -102,7 +107,7 @@ def quantize_model(model: Any, pattern: str = ".", group: int = 64) -> Any:
     leaves = [_quantized(w, spec, group) if hit.all() else w for (_, w, hit), spec in zip(found, told, strict=True)]
     if all(new is w for new, (_, w, _) in zip(leaves, found, strict=True)):
         raise ConfigError(f"path pattern {pattern!r} selects no matrix of floating-point numbers to quantize")
-    return placed(jax.tree.unflatten(jax.tree.structure(model, is_leaf=weights.is_weight), leaves))
+    return specs.place(jax.tree.unflatten(jax.tree.structure(model, is_leaf=weights.is_weight), leaves))
 
 
 def _quantized(w: Any, spec: Any, group: int) -> Any:
@@ -116,13 +121,6 @@ def _quantized(w: Any, spec: Any, group: int) -> Any:
     if spec.inputs is None or not jnp.issubdtype(w.dtype, jnp.floating):
         return w
     return quantize(w, group, inputs=spec.inputs, copies=spec.leading)
-
-
-def placed(model: Any) -> Any:
-    """A model (any tree that states its specs) laid out on the mesh in force, if there is one."""
-    if sharding.concrete_mesh() is None:
-        return model
-    return jax.device_put(model, specs.shardings(specs.of(model)))
 
 
 def _float64(x: jax.Array, what: str) -> np.ndarray:

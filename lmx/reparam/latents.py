@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmx.core import tree, weights
+from lmx.core import specs, tree, weights
 from lmx.core.errors import ConfigError, nearest
 from lmx.models.blocks import Block
 from lmx.models.transformer import Model
 from lmx.nn import latent as latents
 from lmx.nn.attention import Attention
 from lmx.reparam.decompose import decompose
-from lmx.reparam.forms import placed
 
 KEYS = "/attention/key$"
 
@@ -67,7 +66,7 @@ def share_latent(
         moments = [None if grams is None else _moments(grams, name) for name in own]
         return block.replace(attention=_shared(block.attention, own[0], rank, share, moments, report))
 
-    return placed(jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, Block)))
+    return specs.place(jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, Block)))
 
 
 def _moments(grams: Mapping[str, Any], name: str) -> Any:

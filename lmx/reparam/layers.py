@@ -6,13 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lmx.core import weights
+from lmx.core import specs, weights
 from lmx.core.errors import ConfigError
 from lmx.core.tree import Layers
-from lmx.hf.updates import placed
 from lmx.models import blocks, stacks
 from lmx.models.blocks import Block, Tower
 from lmx.models.config import Config
@@ -63,15 +61,11 @@ def stacked(c: Config, layers: Sequence[Block], max_stacks: int = 8) -> Layers:
             f"{len(layers)} layers would need {len(runs)} stacks, more than max_stacks={max_stacks}; make neighbours "
             "alike (ranks from a coarser grid, a pattern without gaps), or raise max_stacks"
         )
-    return Layers.of([jax.tree.map(lambda *leaves: _stack(leaves), *run) for run in runs])
+    return Layers.of([stacks.stacked(run) for run in runs])
 
 
 def _kind(period: tuple) -> Any:
     return jax.tree.structure(period), [(x.shape, str(x.dtype)) for x in jax.tree.leaves(period)]
-
-
-def _stack(leaves: Sequence[Any]) -> Any:
-    return np.stack(leaves) if all(isinstance(x, np.ndarray) for x in leaves) else jnp.stack(leaves)
 
 
 def restacked(model: Model, max_stacks: int = 8) -> Model:
@@ -90,7 +84,7 @@ def on_host(x: Any) -> np.ndarray:
 
 def finished(model: Model, max_stacks: int = 8) -> Model:
     """What surgery ends with: stacked again, arrays of numpy put where their specs say on the mesh in force."""
-    return placed(restacked(model, max_stacks))
+    return specs.place(restacked(model, max_stacks))
 
 
 def added(x: Any, more: np.ndarray) -> np.ndarray:
