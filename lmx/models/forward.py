@@ -1,4 +1,7 @@
-"""What a model makes of tokens, as a user calls it: `lmx.logits` and `lmx.encode`."""
+"""What a model makes of tokens, as a user calls it: `lmx.logits` and `lmx.encode`.
+
+Both are compiled as a whole, for each structure and shape once; within somebody else's `jit` they are part of it.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import jax
 from lmx.models.protocol import LanguageModel
 
 
+@jax.jit
 def logits(
     model: LanguageModel, tokens: jax.Array, *, segment_ids=None, positions=None, types=None, encoder_tokens=None,
     encoder_segment_ids=None,
@@ -27,6 +31,7 @@ def logits(
     return model.readout().logits(features)
 
 
+@jax.jit
 def encode(model: LanguageModel, tokens: jax.Array, *, segment_ids=None, positions=None, **given: Any) -> jax.Array:
     """(b, t) -> (b, t, d): the vectors that the model's head reads. The arguments are those of `logits`."""
     given = {name: value for name, value in given.items() if value is not None}
