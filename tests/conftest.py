@@ -41,7 +41,14 @@ def pytest_configure():
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@pytest.fixture(params=itertools.product(MESHES, ("explicit", "auto")), ids="-".join)
+def every_mesh() -> list:
+    """Explicit and Auto; the quick tests know the one mesh that has all axes."""
+    slow = lambda mesh: () if mesh == MESHES[-1] else pytest.mark.slow  # noqa: E731
+    every = itertools.product(MESHES, ("explicit", "auto"))
+    return [pytest.param(one, id="-".join(one), marks=slow(one[0])) for one in every]
+
+
+@pytest.fixture(params=every_mesh())
 def mesh(request):
     """A mesh in force, Explicit and Auto."""
     from lmx.core import sharding  # after the variables

@@ -78,6 +78,7 @@ def exact_of_three(model, exact, prompt, **options):
     return p.ravel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "draft, options",
     [

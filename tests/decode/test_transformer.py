@@ -81,6 +81,7 @@ def test_stream_yields_the_tokens_of_generate(model, options):
     np.testing.assert_array_equal(np.stack(list(stream(model, prompts(), **arguments)), axis=1), made.tokens)
 
 
+@pytest.mark.slow
 def test_few_rows_are_fed_to_matrices_that_have_their_outputs_first(model):
     """As the tests above do with three rows. What it is arranged into computes the same, factorized layers too."""
     count, head, layers = len(sites(model)), model.params.head.out is not None, model.config.num_layers
@@ -117,6 +118,7 @@ def test_what_is_multiplied_at_once_is_normalised_apart(qk_norm):
     np.testing.assert_allclose(arranged.logits(prompts()), model.logits(prompts()), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_what_multiplies_a_memory_is_left_as_it_is():
     config = preset("llama-tiny", **TINY, architecture="encoder_decoder")
     given = init(config, jax.random.key(0)).given(jnp.arange(12).reshape(3, 4))

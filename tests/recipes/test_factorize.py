@@ -83,6 +83,7 @@ def test_recovery_brings_it_nearer_to_the_original(run):
     assert recovered["kl"] < plain["kl"] and recovered["recovery_steps"] == 12 and recovered["recovery_flops"] > 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_recovery_and_the_model_is_kept(run, place, monkeypatch):
     def interrupted(small, model, rows, *args, **how):
         """The recovery, with a real signal as its third batch is asked for."""

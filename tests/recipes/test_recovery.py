@@ -135,6 +135,7 @@ def test_progress(factorized, original):
     assert "step 1/1" in said.getvalue() and "loss" in said.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "kind", "said"),
     [
@@ -150,6 +151,7 @@ def test_bad_input(factorized, original, options, kind, said):
         recover(factorized, original, **(dict(batches=batches()) | options))
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_not_finite_ends_it(factorized, original):
     broken = jax.tree.map(lambda x: x * np.nan, original)
     with pytest.raises(NonFiniteError, match="steps in a row.*had a non-finite loss"):

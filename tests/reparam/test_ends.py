@@ -74,6 +74,7 @@ def seen(untied, batches):
     return collect(untied, batches)
 
 
+@pytest.mark.slow
 def test_what_they_see(untied, batches, seen):
     assert list(seen) == ["head/out", "embed/tokens"]  # the last comes first
     tokens, g, h, p, slope = pooled(untied, batches)
@@ -101,6 +102,7 @@ def test_going_forward_alone_sees_the_same_inputs(untied, batches, seen):
             close(getattr(got[path], kind), getattr(seen[path], kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tied", "t5"])
 def test_a_table_with_two_uses_has_the_partial_traces_of_their_sum(tiny, batches, name):
     """The head of a tied model sees what it does in an untied one with the same matrices."""
@@ -121,6 +123,7 @@ def test_a_table_with_two_uses_has_the_partial_traces_of_their_sum(tiny, batches
     close(got.output * got.input.sum(), np.einsum("kikj->ij", whole))
 
 
+@pytest.mark.slow
 def test_both_towers_read_the_table(tiny, batches):
     model = tiny("t5", vocab_size=97)
     batch = {"tokens": batches[0]["tokens"][:2, :5], "encoder_tokens": batches[0]["tokens"][2:4, :7]}
@@ -134,6 +137,7 @@ def test_both_towers_read_the_table(tiny, batches):
     assert np.linalg.matrix_rank(seen["embed/tokens"].output) == 16
 
 
+@pytest.mark.slow
 def test_in_chunks_and_half_precision(tiny, batches):
     """Rows longer than a chunk, and activations in bfloat16, whose moments are sums in float32."""
     long = [{name: jnp.tile(x, (1, 3)) for name, x in batch.items()} for batch in batches]
@@ -170,6 +174,7 @@ def test_on_a_mesh(split, batches, mesh):
             close(getattr(got[path], kind), getattr(wanted[path], kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [LowRank, Pivoted])
 @pytest.mark.parametrize("name", ["llama", "tied"])
 def test_they_are_factorized_with_the_layers(tiny, batches, sound, name, form):
@@ -221,6 +226,7 @@ def test_what_is_seen_brings_the_model_nearer(tiny, batches, name):
     assert off["two-sided"] < 0.8 * off["svd"]
 
 
+@pytest.mark.slow
 def test_layers_are_fitted_behind_them(tiny, batches):
     model = tiny("llama", vocab_size=97)
     parts = reparam.decompose_model(model, batches, pattern=f"{ENDS}|{LINEARS}", sequential=True, key=KEY)

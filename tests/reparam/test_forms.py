@@ -77,6 +77,7 @@ def test_pivots_and_combinations_are_those_of_float64():
     assert np.abs(w.rest).max() < 4  # pivoting keeps them small
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=8, derandomize=True)
 @given(
     m=st.integers(2, 9), n=st.integers(1, 7), data=st.data(), scale=st.sampled_from([1e-6, 1.0, 1e4]),
@@ -194,6 +195,7 @@ def test_cost_counts_bytes_as_stored_and_products_as_done(kinds):
     assert of(low) - of(pivoted) == 3 * 2 * 5 * 5  # r^2 products a layer fewer
 
 
+@pytest.mark.slow
 def test_floats_are_trained_and_integers_are_not(kinds):
     trained, frozen = tree.partition(kinds, ".")
     assert {str(x.dtype) for x in jax.tree.leaves(frozen)} == {"int8", "int32"}

@@ -104,6 +104,7 @@ def test_the_least_important_layers_go(tiny):
     assert reparam.least_important([0.3, 0.1, 0.1, 0.2], 1) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_towers_of_an_encoder_decoder(tiny, answer, sound):
     model = tiny("t5")
     quiet = tree.map(jnp.zeros_like, model, r"^encoder/layers[1]/(attention/out|mlp/down)$")
@@ -135,6 +136,7 @@ def test_merged_layers_are_the_weighted_sum(tiny, answer, sound):
     sound(merged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GROUPS)
 def test_heads_that_add_nothing_go_without_a_trace(kind, tiny, answer, sound):
     kv = GROUPS[kind]

@@ -86,6 +86,7 @@ def test_the_newest_the_multiples_and_the_best_stay(store):
     assert is_state(Checkpoints(RUN).restore(state(0))[0], 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flipped", "gone", "index"])
 def test_damage_is_named_and_the_older_step_restored(store, kind):
     save(1, 2)

@@ -141,6 +141,7 @@ def test_nothing_sound_is_left(tmp_path):
     assert names(tmp_path) == ["1", "2"]  # left for the user: a resumed run must not begin anew in silence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hurt", ["missing", "shorter", "about", "unsealed"])
 def test_every_kind_of_damage_is_named(tmp_path, hurt):
     save(tmp_path, 1)
@@ -312,6 +313,7 @@ def test_seals_name_files(tmp_path):
     assert seals.changed(one) is None  # a damaged seal says nothing
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_without_closing_does_end(tmp_path):
     """Python 3.11 lets the save finish; newer ones may not, and say so. What was there before is sound."""
     save(tmp_path, 1)
