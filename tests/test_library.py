@@ -42,6 +42,15 @@ def model():
     return lmx.init(lmx.preset("llama-tiny", vocab_size=64), jax.random.key(0))
 
 
+def test_logits_are_one_program(model, caplog):
+    tokens = jnp.arange(38).reshape(2, 19)  # of a length that no other test has
+    with jax.log_compiles():
+        got = lmx.logits(model, tokens)
+    programs = [line for line in caplog.messages if line.startswith("Compiling")]
+    assert len(programs) == 1 and "logits" in programs[0], programs
+    np.testing.assert_allclose(got, model.read(model.features(tokens)), atol=1e-5)
+
+
 @pytest.mark.slow
 def test_ten_lines(model, tmp_path):
     """Save, load, logits, generate, and training steps in a loop, a jit and an optimizer that are not lmx's."""

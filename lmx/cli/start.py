@@ -44,13 +44,12 @@ def start_anew() -> None:
 def keep_compiled() -> None:
     """Have jax keep compiled programs in `cache_folder()`, unless the user told it another folder or none."""
     folder = cache_folder()
-    settings = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
-        "JAX_COMPILATION_CACHE_MAX_SIZE": str(KEPT_BYTES),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    for name, value in settings.items() if folder is not None else ():
+    if folder is None:
+        return
+    settings = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # in the user's own, nothing is to be thrown away
+        settings |= {"JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_COMPILATION_CACHE_MAX_SIZE": str(KEPT_BYTES)}
+    for name, value in settings.items():
         os.environ.setdefault(name, value)
 
 

@@ -116,9 +116,9 @@ def shardings(specs: Any) -> Any:
     return jax.tree.map(lambda spec: sharding.named_sharding(spec.axes, spec.shape, mesh), specs)
 
 
-def place(tree: Any) -> Any:
+def lay_out(tree: Any) -> Any:
     """A tree that states its specs, laid out by them on the mesh in force, if there is one; numpy's arrays as jax's."""
-    is_held = lambda x: isinstance(x, np.ndarray)  # noqa: E731
+    is_held = lambda x: isinstance(x, np.ndarray | np.generic)  # noqa: E731
     if sharding.concrete_mesh() is None:
         return jax.tree.map(lambda x: jax.device_put(x) if is_held(x) else x, tree)
 

@@ -28,7 +28,7 @@ def attach(model: Model, updates: Mapping[Key, Update], max_stacks: int) -> Mode
     Raises ConfigError if that needs more than `max_stacks` stacks in one tower.
     """
     params = _attached(_cut(model.params, updates, max_stacks), updates)
-    return specs.place(Model(model.config, params))
+    return specs.lay_out(Model(model.config, params))
 
 
 def held(model: Model) -> dict[Key, tuple[LoRA, int | None]]:

@@ -6,7 +6,8 @@ checkpointed period, so that a deep model compiles as fast as a shallow one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -61,12 +62,7 @@ class EachLayer:
     two copies of a model are held. It has a length, is indexed and iterated over."""
 
     def __init__(self, layers: Layers) -> None:
-        self._places = [
-            (block, i)
-            for n, period in zip(layers.sizes, layers.stacks, strict=True)
-            for i in range(n)
-            for block in period
-        ]
+        self._places = _places(layers)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -87,41 +83,40 @@ def stack_layers(layers: Sequence[Any], period: int = 1, max_stacks: int = 8) ->
     """
     if len(layers) % period:
         raise ConfigError(f"{len(layers)} layers are not a whole number of periods of {period}")
-    periods = [tuple(layers[i : i + period]) for i in range(0, len(layers), period)]
-    kind = lambda p: (jax.tree.structure(p), tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(p)))  # noqa: E731
+    return stack_parts([[tuple(layers[i : i + period]) for i in range(0, len(layers), period)]], max_stacks)
+
+
+def stack_parts(parts: Iterable[Sequence[tuple]], max_stacks: int) -> Layers:
+    """Periods, tuples of layers, stacked as `stack_layers` does; they come in parts, which no stack joins."""
     runs: list[list[tuple]] = []
-    for p in periods:
-        if runs and kind(runs[-1][0]) == kind(p):
-            runs[-1].append(p)
-        else:
-            runs.append([p])
+    for part in parts:
+        for j, period in enumerate(part):
+            if j and _kind(runs[-1][0]) == _kind(period):
+                runs[-1].append(period)
+            else:
+                runs.append([period])
     if len(runs) > max_stacks:
         raise ConfigError(
-            f"{len(layers)} layers would need {len(runs)} stacks, more than max_stacks={max_stacks}; choose ranks from "
-            "a coarser grid, pass period= where kinds alternate, or raise max_stacks"
+            f"{sum(len(period) for run in runs for period in run)} layers would need {len(runs)} stacks, more than "
+            f"max_stacks={max_stacks}; make neighbours alike (ranks from a coarser grid, a pattern without gaps, "
+            "period= where kinds alternate), or raise max_stacks"
         )
-    return Layers.of([stacked(run) for run in runs])
+    return Layers.of([stack(run) for run in runs])
 
 
-def stacked(run: Sequence[Any]) -> Any:
-    """Trees of one structure as one tree with an axis more in front; arrays of numpy stay arrays of numpy."""
-    columns = list(zip(*map(jax.tree.leaves, run), strict=True))
-    held = [all(isinstance(x, np.ndarray) for x in leaves) for leaves in columns]
+def _kind(period: tuple) -> Any:
+    return jax.tree.structure(period), [(x.shape, str(x.dtype)) for x in jax.tree.leaves(period)]
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of one structure as one with an axis more in front. What is numpy's in all of them stays so; all other
+    arrays have to be on the same devices, for they are stacked by one program: one for each array and shape would take
+    most of the time of surgery."""
+    columns = list(zip(*map(jax.tree.leaves, trees), strict=True))
+    held = [all(isinstance(x, np.ndarray | np.generic) for x in leaves) for leaves in columns]
     others = iter(_stack([leaves for leaves, is_held in zip(columns, held, strict=True) if not is_held]))
     made = [np.stack(leaves) if is_held else next(others) for leaves, is_held in zip(columns, held, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(run[0]), made)
-
-
-def _taken(block: Any, i: int) -> Any:
-    """The parameters of layer i of a stacked block."""
-    leaves, structure = jax.tree.flatten(block)
-    computed = [isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in leaves]
-    there = iter(_take([x for x, on_device in zip(leaves, computed, strict=True) if on_device], i))
-    made = [next(there) if on_device else x[i] for x, on_device in zip(leaves, computed, strict=True)]
-    return jax.tree.unflatten(structure, made)
-
-
-# One program for all arrays of a layer: one for each array and shape would take most of the time of surgery.
+    return jax.tree.unflatten(jax.tree.structure(trees[0]), made)
 
 
 @jax.jit
@@ -129,9 +124,26 @@ def _stack(columns: list[tuple[jax.Array, ...]]) -> list[jax.Array]:
     return [jnp.stack(leaves) for leaves in columns]
 
 
-@jax.jit
-def _take(leaves: list[jax.Array], i: int) -> list[jax.Array]:
-    return [jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in leaves]
+def _taken(block: Any, i: int, keepdims: bool = False) -> Any:
+    """The parameters of layer i of a stacked block, with or without the axis of layers. Arrays on devices are taken by
+    one program for all i; within a program that is being traced the position stays a constant of it."""
+    leaves, structure = jax.tree.flatten(block)
+    computed = [isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in leaves]
+    there = iter(_take([x for x, on_device in zip(leaves, computed, strict=True) if on_device], i, keepdims))
+    at = slice(i, i + 1) if keepdims else i
+    made = [next(there) if on_device else x[at] for x, on_device in zip(leaves, computed, strict=True)]
+    return jax.tree.unflatten(structure, made)
+
+
+@functools.partial(jax.jit, static_argnames="keepdims")
+def _take(leaves: list[jax.Array], i: int, keepdims: bool) -> list[jax.Array]:
+    return [jax.lax.dynamic_index_in_dim(x, i, keepdims=keepdims) for x in leaves]
+
+
+def _places(layers: Layers) -> list[tuple[Any, int]]:
+    """For each layer, in order, the stacked block that it is in and its position there."""
+    sized = zip(layers.sizes, layers.stacks, strict=True)
+    return [(block, i) for n, period in sized for i in range(n) for block in period]
 
 
 def _each(tree: Any, change: Callable[[Layers], Layers]) -> Any:
@@ -145,7 +157,7 @@ def unstack(tree: Any) -> Any:
     def apart(layers: Layers) -> Layers:
         if len(layers.stacks) == layers.num_layers:
             return layers
-        return Layers.of([(stacked([layer]),) for layer in EachLayer(layers)])
+        return Layers.of([(_taken(block, i, keepdims=True),) for block, i in _places(layers)])
 
     return _each(tree, apart)
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmx.core import tree, weights
+from lmx.core import specs, tree, weights
 from lmx.core.errors import ConfigError, nearest
 from lmx.core.kinds import LowRank
 from lmx.models import stacks
@@ -249,7 +249,7 @@ def rebuild(
     made = {p: part.decomposition.truncate(ranks[p]) for p, part in parts.items() if ranks[p] is not None}
     if batches:
         at_ends = {path: pair for path, pair in made.items() if parts[path].site.at_end}
-        behind_ends = _with(stacks.unstack(model), parts, at_ends, form)
+        behind_ends = specs.lay_out(_with(stacks.unstack(model), parts, at_ends, form))
         made |= _sequential(model, behind_ends, parts, ranks, batches, method)
     return finished(_with(stacks.unstack(model), parts, made, form), max_stacks)
 

@@ -75,6 +75,11 @@ def quantize(w: Any, group: int = 64, *, inputs: int = 1, copies: int = 0) -> Qu
     is the largest of them over 127. inputs, copies: how many axes are such.
     Raises ConfigError for what is no floating-point array, axes that do not add up, or numbers that are not finite.
     """
+    return jax.device_put(_rounded(w, group, inputs, copies))
+
+
+def _rounded(w: Any, group: int, inputs: int, copies: int) -> Quantized:
+    """As `quantize`, in arrays of numpy."""
     if weights.is_weight(w) or not jnp.issubdtype(w.dtype, jnp.floating):
         what = type(w).__name__ if weights.is_weight(w) else f"{w.dtype} array"
         raise ConfigError(f"quantize takes a floating-point array, not a {what}; quantize_model takes models")
@@ -91,7 +96,7 @@ def quantize(w: Any, group: int = 64, *, inputs: int = 1, copies: int = 0) -> Qu
     scale = np.maximum(largest / STEPS, jnp.finfo(w.dtype).smallest_normal).astype(w.dtype)  # as it is stored
     steps = np.rint(rows / np.repeat(scale.astype(np.float64), group, axis=copies).take(range(m), axis=copies))
     values = np.clip(steps, -STEPS, STEPS).astype(np.int8).reshape(shape)
-    return Quantized(jnp.asarray(values), jnp.asarray(scale), group, inputs, len(outs))
+    return Quantized(values, scale, group, inputs, len(outs))
 
 
 def quantize_model(model: Any, pattern: str = ".", group: int = 64) -> Any:
@@ -107,7 +112,7 @@ def quantize_model(model: Any, pattern: str = ".", group: int = 64) -> Any:
     leaves = [_quantized(w, spec, group) if hit.all() else w for (_, w, hit), spec in zip(found, told, strict=True)]
     if all(new is w for new, (_, w, _) in zip(leaves, found, strict=True)):
         raise ConfigError(f"path pattern {pattern!r} selects no matrix of floating-point numbers to quantize")
-    return specs.place(jax.tree.unflatten(jax.tree.structure(model, is_leaf=weights.is_weight), leaves))
+    return specs.lay_out(jax.tree.unflatten(jax.tree.structure(model, is_leaf=weights.is_weight), leaves))
 
 
 def _quantized(w: Any, spec: Any, group: int) -> Any:
@@ -120,7 +125,7 @@ def _quantized(w: Any, spec: Any, group: int) -> Any:
         return w.replace(**{name: _quantized(getattr(w, name), getattr(spec, name), group) for name in names})
     if spec.inputs is None or not jnp.issubdtype(w.dtype, jnp.floating):
         return w
-    return quantize(w, group, inputs=spec.inputs, copies=spec.leading)
+    return _rounded(w, group, spec.inputs, spec.leading)
 
 
 def _float64(x: jax.Array, what: str) -> np.ndarray:

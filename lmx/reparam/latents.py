@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lmx.core import specs, tree, weights
@@ -66,7 +65,7 @@ def share_latent(
         moments = [None if grams is None else _moments(grams, name) for name in own]
         return block.replace(attention=_shared(block.attention, own[0], rank, share, moments, report))
 
-    return specs.place(jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, Block)))
+    return specs.lay_out(jax.tree.map(one, model, is_leaf=lambda x: isinstance(x, Block)))
 
 
 def _moments(grams: Mapping[str, Any], name: str) -> Any:
@@ -87,7 +86,7 @@ def _shared(
     parts = [decompose(w, gram, report=report).truncate(r) for w, gram in zip(both, moments, strict=True)]
     down, up = (np.stack(side) for side in zip(*parts, strict=True))  # (n, d, r), (n, r, 2 k c)
     up = up.reshape(n, r, 2, k, c)
-    array = lambda x, like: jnp.asarray(x, like.dtype)  # noqa: E731
+    array = lambda x, like: x.astype(like.dtype)  # noqa: E731
     return plain.replace(
         latent=array(down, params.key), key=array(up[:, :, 0], params.key), value=array(up[:, :, 1], params.value)
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from lmx.core import specs, weights
@@ -45,27 +44,12 @@ def stacked(c: Config, layers: Sequence[Block], max_stacks: int = 8) -> Layers:
 
     Raises ConfigError if that needs more than `max_stacks` stacks: each costs compile time.
     """
-    like, runs, at = blocks.abstract_tower(c, len(layers)).layers, [], 0
+    like, parts, at = blocks.abstract_tower(c, len(layers)).layers, [], 0
     for n, period in zip(like.sizes, like.stacks, strict=True):
-        begun = False
-        for i in range(at, at + n * len(period), len(period)):
-            one = tuple(layers[i : i + len(period)])
-            if begun and _kind(runs[-1][0]) == _kind(one):
-                runs[-1].append(one)
-            else:
-                runs.append([one])
-            begun = True
-        at += n * len(period)
-    if len(runs) > max(max_stacks, len(like.stacks)):
-        raise ConfigError(
-            f"{len(layers)} layers would need {len(runs)} stacks, more than max_stacks={max_stacks}; make neighbours "
-            "alike (ranks from a coarser grid, a pattern without gaps), or raise max_stacks"
-        )
-    return Layers.of([stacks.stacked(run) for run in runs])
-
-
-def _kind(period: tuple) -> Any:
-    return jax.tree.structure(period), [(x.shape, str(x.dtype)) for x in jax.tree.leaves(period)]
+        end = at + n * len(period)
+        parts.append([tuple(layers[i : i + len(period)]) for i in range(at, end, len(period))])
+        at = end
+    return stacks.stack_parts(parts, max(max_stacks, len(like.stacks)))
 
 
 def restacked(model: Model, max_stacks: int = 8) -> Model:
@@ -84,7 +68,7 @@ def on_host(x: Any) -> np.ndarray:
 
 def finished(model: Model, max_stacks: int = 8) -> Model:
     """What surgery ends with: stacked again, arrays of numpy put where their specs say on the mesh in force."""
-    return specs.place(restacked(model, max_stacks))
+    return specs.lay_out(restacked(model, max_stacks))
 
 
 def added(x: Any, more: np.ndarray) -> np.ndarray:

@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
-SETTINGS = ("GLIBC_TUNABLES", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+SETTINGS = (
+    "GLIBC_TUNABLES", "JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+)  # fmt: skip
 SHOW = f"import json, os; print(json.dumps({{name: os.environ.get(name) for name in {SETTINGS!r}}}))"
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="GLIBC_TUNABLES are glibc's")
 
@@ -26,12 +29,14 @@ def test_the_command_starts_anew_with_huge_pages_once(tmp_path):
     settings = shown(again, XDG_CACHE_HOME=str(tmp_path))
     assert "glibc.malloc.hugetlb=1" in settings["GLIBC_TUNABLES"]
     assert settings["JAX_COMPILATION_CACHE_DIR"].startswith(str(tmp_path / "lmx" / "compiled"))
+    assert int(settings["JAX_COMPILATION_CACHE_MAX_SIZE"]) == 4 << 30
 
 
 def test_what_the_user_has_set_stays(tmp_path):
     told = {"GLIBC_TUNABLES": "glibc.malloc.check=0", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")}
     settings = shown("from lmx.cli import start; start.start_anew(); start.keep_compiled()", **told)
     assert {name: settings[name] for name in told} == told
+    assert settings["JAX_COMPILATION_CACHE_MAX_SIZE"] is None  # nothing of the user's is thrown away
 
 
 def test_importing_lmx_sets_nothing():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -81,6 +84,31 @@ def test_shardings_follow_the_rules(explicit):
 def test_shardings_need_a_mesh():
     with pytest.raises(ValueError, match="need a mesh"):
         specs.shardings(TREE)
+
+
+@struct.dataclass
+class Pair:
+    """Two arrays that state their specs."""
+
+    w: Any
+    b: Any
+
+    def specs(self) -> Pair:
+        return Pair(ParamSpec((8, 16), ("embed", "mlp"), inputs=1), ParamSpec((16,), ("mlp",)))
+
+
+def test_laid_out_on_a_mesh(mesh):
+    given = Pair(np.arange(128, dtype=np.float32).reshape(8, 16), jnp.arange(16, dtype=jnp.float32))
+    made = specs.lay_out(given)
+    jax.tree.map(np.testing.assert_array_equal, made, given)
+    assert jax.tree.map(lambda x: x.sharding, made) == specs.shardings(given.specs())
+    assert len(made.w.sharding.device_set) == 8 and not made.w.is_fully_replicated
+
+
+def test_laid_out_without_a_mesh():
+    given = Pair(np.ones((8, 16), jnp.bfloat16), jnp.ones(16))
+    made = specs.lay_out(given)
+    assert isinstance(made.w, jax.Array) and made.w.dtype == jnp.bfloat16 and made.b is given.b
 
 
 def test_counts():

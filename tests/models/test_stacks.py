@@ -83,6 +83,25 @@ def test_unstacking_twice_is_unstacking_once():
     assert stacks.unstack(apart)["layers"] is apart["layers"]
 
 
+def test_what_is_numpys_stays_numpys():
+    trees = [{"held": np.full(2, i, jnp.bfloat16), "scalar": np.float32(i), "put": jnp.full(3, i)} for i in range(3)]
+    made = stacks.stack(trees)
+    kinds = {name: type(x) is np.ndarray for name, x in made.items()}
+    assert kinds == {"held": True, "scalar": True, "put": False} and made["held"].dtype == jnp.bfloat16
+    for got, wanted in zip(stacks.layer_list(Layers.of([(made,)])), trees, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, got, wanted)
+        assert isinstance(got["held"], np.ndarray) and isinstance(got["put"], jax.Array)
+
+
+def test_a_layer_is_compiled_as_a_whole_and_once(caplog):
+    plain = [layer(i, 11) for i in range(6)]  # of a width that no other test has
+    with jax.log_compiles():
+        made = stacks.restack(stacks.unstack(stacks.stack_layers(plain)))
+    jax.tree.map(np.testing.assert_array_equal, stacks.layer_list(made), plain)
+    programs = [line for line in caplog.messages if line.startswith("Compiling")]
+    assert 0 < len(programs) <= 4, programs  # stacked, taken out of it, taken out of their own, stacked again
+
+
 def test_errors():
     plain = [layer(i, 2 + i % 2) for i in range(10)]
     with pytest.raises(ConfigError, match="10 layers would need 10 stacks, more than max_stacks=8.*coarser grid"):

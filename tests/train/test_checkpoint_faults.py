@@ -313,7 +313,6 @@ def test_seals_name_files(tmp_path):
     assert seals.changed(one) is None  # a damaged seal says nothing
 
 
-@pytest.mark.slow
 def test_a_process_that_ends_without_closing_does_end(tmp_path):
     """Python 3.11 lets the save finish; newer ones may not, and say so. What was there before is sound."""
     save(tmp_path, 1)
