@@ -134,8 +134,8 @@ def _quickly(devices: int | None = None) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def quickly():
-    """`quickly(devices=None) -> variables` of a process that compiles as this one does: the same flags, what others
-    have compiled. It has as many simulated devices, or those that are there."""
+    """`quickly(devices=None) -> variables` for a process that compiles with this run's flags and shares what the run
+    has compiled. It simulates so many devices; None: it has those of the machine."""
     return _quickly
 
 

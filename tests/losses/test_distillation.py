@@ -403,7 +403,6 @@ def test_bad_options(pair, options, said):
         distillation(pair, make_batch(), **options)
 
 
-@pytest.mark.slow
 def test_vocabularies_of_unlike_size(bigram):
     with pytest.raises(ConfigError, match="student's vocabulary has 48 tokens and the teacher's 64.*vocab_size=64"):
         distillation(Distillation(bigram(48, D, True), bigram(64, D, True)), make_batch())

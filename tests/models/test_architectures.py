@@ -241,3 +241,17 @@ def test_the_facade_reads_every_head(models):
     ids = jnp.asarray(np.arange(12) < np.array([[12], [4], [7], [1]]), jnp.int32)
     wanted = labels.logits(TOKENS, segment_ids=ids)
     np.testing.assert_allclose(forward.logits(labels, TOKENS, segment_ids=ids), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        ([[1, 2, 3]], "tokens are a list; .* an array of token ids"),
+        (np.arange(3), r"tokens are int\w* of shape \(3,\); .* for one row tokens\[None\]"),
+        (np.ones((1, 3), np.float32), r"tokens are float32 of shape \(1, 3\)"),
+    ],
+)
+def test_the_facade_takes_rows_of_ids(models, tokens, said):
+    for call in (forward.logits, forward.encode):
+        with pytest.raises(ConfigError, match=said):
+            call(models["neox"], tokens)

@@ -54,7 +54,6 @@ def test_log_probabilities_moved_by_a_gradient_are_normalised_again():
     np.testing.assert_allclose(total, 1, rtol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 100])
 def test_score_in_chunks_equals_score_with_its_gradient(chunk):
     model, tokens = Unigram(jnp.array([0.1, -1.0, 0.7, 2.0])), jnp.asarray(TOKENS)

@@ -54,7 +54,6 @@ def assert_same(a, b):
         assert x.dtype == y.dtype and (np.asarray(x) == np.asarray(y)).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, {"train": r"layers[1:3]/mlp", "ema_decay": 0.9}])
 def test_the_model_of_a_checkpoint(tmp_path, how):
     state = saved(tmp_path / "run" / "checkpoints", tiny(), (5, 7), **how)

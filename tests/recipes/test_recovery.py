@@ -135,7 +135,6 @@ def test_progress(factorized, original):
     assert "step 1/1" in said.getvalue() and "loss" in said.getvalue()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "kind", "said"),
     [

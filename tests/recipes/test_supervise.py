@@ -67,7 +67,6 @@ def test_it_gives_up_where_nothing_is_gained(folder, capsys):
     )
 
 
-@pytest.mark.slow
 def test_a_new_checkpoint_counts_as_progress(folder):
     script = Script(*[(75, -9)] * 6, (0, 0), before=lambda attempt: (folder / "checkpoints" / str(attempt)).mkdir())
     assert go(script, folder) == 0 and len(script.started) == 7
@@ -135,7 +134,6 @@ def test_devices_that_cannot_be_counted_are_told_of(monkeypatch):
         module._devices_each()
 
 
-@pytest.mark.slow
 def test_a_process_that_does_not_come_back_is_left_out(folder, monkeypatch):
     claimed(folder)
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")

@@ -86,7 +86,6 @@ def test_all_is_kept_at_a_share_of_one_and_full_rank_is_exact(model, parts, batc
         np.testing.assert_allclose(lmx.logits(same, tokens), lmx.logits(model, tokens), atol=2e-4)
 
 
-@pytest.mark.slow
 def test_forms_of_equal_ranks_compute_the_same(model, parts, batches):
     ranks = reparam.choose_ranks(model, parts, 0.5, form="two-factor")
     tokens = batches[0]["tokens"]
